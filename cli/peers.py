@@ -1,0 +1,202 @@
+"""Other projects' implementations that the benchmark measures ours against.
+
+Nothing here computes anything: each function finds a peer's installed code, loads it unchanged and
+returns a callable. `cli/peers-requirements.txt` says how the peers are installed;
+`tox run -e bench-peers` does it. Importing this module imports no peer.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..reference.errors import UnavailableError
+
+# The loader reaches into this release's private functions, and every figure names it.
+VLLM_ASCEND_VERSION = "0.18.0"
+
+_REMEDY = "install the peers with `tox run -e bench-peers`"
+
+# vllm-ascend's platform plugin imports torch_npu, which needs an NPU's driver: with no plugin allowed
+# vLLM picks its own platform. And vLLM logs to stdout, where a benchmark prints its figures.
+_VLLM_IMPORT_ENVIRONMENT = {"VLLM_PLUGINS": "", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+
+
+def load_vllm_ascend_builder(
+    *, num_value_heads: int, max_num_batched_tokens: int, max_num_seqs: int
+) -> Callable[[torch.Tensor], object]:
+    """Load vllm-ascend's per-step build of chunk metadata for gated delta rule prefill.
+
+    Upstream has two routes. On an NPU it fills the pinned host buffers of a slot, two slots in turn,
+    and copies each of the six tensors to its device buffer; for a CPU device it makes six new tensors.
+    This is the first, the one that runs in production, with ordinary memory on both sides of each copy.
+    So what is timed is the host's work plus six copies within host memory: it shows neither what the
+    transfer to an NPU costs nor what pinned memory saves.
+
+    Each call does what a prefill step without speculative decoding does after vLLM's own metadata
+    (which both sides of a comparison would need) is built: check the state, pick
+    `query_start_loc`, fill, copy.
+
+    Loading it replaces the `build` method of vLLM's GDN metadata builder in this process, as
+    upstream does at import.
+
+    Args:
+        num_value_heads: value heads of one rank (HV), >= 1. Upstream sizes its cumsum block by it.
+        max_num_batched_tokens: most tokens in one step; the capacity of the index buffers.
+        max_num_seqs: most sequences in one step; the capacity of the offset buffers.
+
+    Returns:
+        A callable from `query_start_loc` (`[N+1]`, int32, CPU, starts at 0) to upstream's
+        GDNChunkedPrefillMetadata: six int32 tensors for chunk lengths 64, 1216 and the cumsum block. They
+        are views of a slot that the second call from here overwrites.
+
+    Raises:
+        UnavailableError: vllm-ascend, or a vLLM it loads with, is not installed, or vllm-ascend is of
+            another version than `VLLM_ASCEND_VERSION`.
+
+    Source: vllm-ascend 0.18.0, vllm_ascend/patch/worker/patch_gdn_attn.py.
+    """
+    upstream = _vllm_ascend_metadata_module()
+    builder: Any = SimpleNamespace(
+        use_spec_decode=False,
+        vllm_config=SimpleNamespace(
+            model_config=SimpleNamespace(
+                hf_text_config=SimpleNamespace(linear_num_value_heads=num_value_heads)
+            ),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+            scheduler_config=SimpleNamespace(
+                max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
+            ),
+        ),
+    )
+    cpu = torch.device("cpu")
+    upstream._ensure_chunk_meta_state(builder, cpu)
+    # For a CPU the line above makes no pool, and upstream's own allocation asks for pinned memory,
+    # which needs an accelerator. The pool and the device's type are state of the builder: given
+    # here, they send the unchanged build down its NPU route.
+    builder._ascend_gdn_chunked_prefill_pool = [
+        _host_slot(upstream, max_num_batched_tokens, max_num_seqs) for _ in range(2)
+    ]
+    builder._ascend_gdn_chunk_meta_device = SimpleNamespace(type="host stand-in")
+    attn_metadata = SimpleNamespace(num_prefills=1)
+
+    def build(query_start_loc: torch.Tensor) -> object:
+        common_attn_metadata = SimpleNamespace(query_start_loc_cpu=query_start_loc)
+        upstream._ensure_chunk_meta_state(builder, cpu)
+        non_spec_query_start_loc = upstream._build_non_spec_query_start_loc_cpu(
+            builder, attn_metadata, common_attn_metadata, None
+        )
+        return upstream._build_non_spec_chunked_prefill_meta(builder, non_spec_query_start_loc)
+
+    return build
+
+
+def load_transformers_chunk_gated_delta_rule() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """Load transformers' chunked gated delta rule in plain PyTorch (Qwen3-Next).
+
+    It is called as `f(query, key, value, g, beta, chunk_size=64, initial_state=None,
+    output_final_state=False, use_qk_l2norm_in_kernel=False)`. To give it the same mathematics as
+    this project's op:
+
+    - query, key `[B, T, HV, K]`, value `[B, T, HV, V]`, g (log decay) and beta `[B, T, HV]`, B sequences
+      of equal length T; no cu_seqlens. It knows no head groups: repeat q and k from H to HV heads
+      first, `repeat_interleave(HV // H, dim=2)`.
+    - The scale is K ** -0.5 and cannot be changed.
+    - It normalises q and k only if `use_qk_l2norm_in_kernel`, adding 1e-6 to the sum of squares, in the
+      dtype of the input.
+    - It computes in float32 whatever the inputs are. The output `[B, T, HV, V]` has the dtype of query;
+      initial_state and final state are `[B, HV, K, V]`, the latter float32, or None unless
+      `output_final_state`.
+
+    Returns:
+        The function itself.
+
+    Raises:
+        UnavailableError: transformers, or its Qwen3-Next model, cannot be imported.
+
+    Source: transformers 4.57.6, models/qwen3_next/modeling_qwen3_next.py.
+    """
+    try:
+        modeling = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+        peer: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = modeling.torch_chunk_gated_delta_rule
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise _unavailable("transformers' Qwen3-Next does not load", error) from error
+    return peer
+
+
+@functools.cache  # a second load would wrap the builder that the first one already patched
+def _vllm_ascend_metadata_module() -> ModuleType:
+    """vllm-ascend's metadata patch, loaded by file: its package does not import without an NPU."""
+    # Finding a top-level package does not import it.
+    package = importlib.util.find_spec("vllm_ascend")
+    if package is None or not package.submodule_search_locations:
+        raise UnavailableError(f"vllm-ascend is not installed; {_REMEDY}")
+    version = importlib.metadata.version("vllm-ascend")
+    if version != VLLM_ASCEND_VERSION:
+        raise UnavailableError(
+            f"vllm-ascend {version} is installed, the peer is {VLLM_ASCEND_VERSION}; {_REMEDY}"
+        )
+    path = Path(package.submodule_search_locations[0], "patch", "worker", "patch_gdn_attn.py")
+    try:
+        with _environment_defaults(_VLLM_IMPORT_ENVIRONMENT):
+            return _load_file("_ascend_twin_peer_patch_gdn_attn", path)
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        raise _unavailable("vllm-ascend's metadata builder does not load", error) from error
+
+
+def _load_file(name: str, path: Path) -> ModuleType:
+    """Execute the Python file at path as a module that is not entered in sys.modules."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # a path in .py always has a spec with a loader
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _host_slot(upstream: ModuleType, max_num_batched_tokens: int, max_num_seqs: int) -> object:
+    """One slot of upstream's pool, with its sizes, in ordinary host memory."""
+
+    def host_buffer(*size: int) -> object:
+        return upstream.CpuGpuBuffer(
+            *size,
+            dtype=torch.int32,
+            device=torch.device("cpu"),
+            pin_memory=False,
+            with_numpy=False,
+        )
+
+    return upstream._GDNChunkedPrefillBufferSlot(
+        chunk_indices_chunk64=host_buffer(max_num_batched_tokens, 2),
+        chunk_offsets_chunk64=host_buffer(max_num_seqs + 1),
+        update_chunk_offsets_chunk64=host_buffer(max_num_seqs + 1),
+        final_chunk_indices_chunk64=host_buffer(max_num_seqs),
+        chunk_indices_large_block=host_buffer(max_num_batched_tokens, 2),
+        block_indices_cumsum=host_buffer(max_num_batched_tokens, 2),
+    )
+
+
+@contextlib.contextmanager
+def _environment_defaults(defaults: dict[str, str]) -> Iterator[None]:
+    """Set the variables that the user has not set, and take them away again at the end."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _unavailable(what: str, error: BaseException) -> UnavailableError:
+    """The error for a peer that is installed but does not load, with the first line of the reason."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UnavailableError(f"{what} ({type(error).__name__}: {reason}); {_REMEDY}")

@@ -1,0 +1,1 @@
+"""The proof that the optimized implementation equals the reference: strategies, tolerances, suites."""

@@ -1,0 +1,283 @@
+"""A prefill batch as a few small numbers, and the check that an implementation computes it right."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
+from ..optimized.gdn.metadata import ChunkMetadata, ChunkMetadataBuilder
+from ..reference.errors import AscendTwinError
+from ..reference.gdn import chunk_gated_delta_rule, recurrent_gated_delta_rule
+from ..reference.gdn import metadata as reference_metadata
+from ..reference.gdn.inputs import check_choice
+from .compare import Comparison, compare_o, compare_state
+from .tolerances import Errors, limit
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+# Log decay of every token, from uniform numbers in [0, 1).
+GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "typical": lambda x: -4 * x**4,
+    "none": lambda x: torch.zeros_like(x),
+    "steep": lambda x: -1e3 * x,
+    "mixed": lambda x: torch.where(x < 0.1, torch.tensor(1e-12).log(), 0.0),
+    "forget": lambda x: torch.where(x < 0.05, float("-inf"), -x),
+}
+
+# Step size of every token, from uniform numbers in [0, 1).
+BETAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "random": lambda x: x,
+    "one": lambda x: torch.ones_like(x),
+    "zero": lambda x: torch.zeros_like(x),
+    "mixed": lambda x: torch.where(x < 0.3, 0.0, torch.where(x > 0.7, 1.0, x)),
+}
+
+KEYS = ("random", "identical")
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call: q, k `[1, T, H, K]`, v `[1, T, HV, V]`, g, beta `[1, T, HV]`, initial_state
+    `[N, HV, K, V]` or None, cu_seqlens `[N + 1]` int32; T counts the padding behind the last sequence."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor
+    beta: torch.Tensor
+    initial_state: torch.Tensor | None
+    cu_seqlens: torch.Tensor
+
+    def to(self, device: torch.device) -> "Inputs":
+        """The same tensors on `device`."""
+        return Inputs(*(None if x is None else x.to(device) for x in self))
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """A prefill batch; its tensors follow from these numbers alone.
+
+    Attributes:
+        seq_lens: tokens of each sequence; 0 is an empty one.
+        seed: of all values.
+        H, HV, K, V: query/key heads, value heads (a multiple of H), head dims.
+        dtype: of q, k, v and beta, a key of `DTYPES`. g and the state are float32 (float64 for float64).
+        gates, betas: keys of `GATES` and `BETAS`.
+        keys: "random", or "identical": every token has the same key, the hard case of solve_tril.
+        initial_state: whether sequences start from a random state.
+        padding: tokens behind the last sequence; filled with NaN.
+        use_qk_l2norm_in_kernel: whether the op normalises q and k; else they come normalised.
+    """
+
+    seq_lens: tuple[int, ...]
+    seed: int = 0
+    H: int = 1
+    HV: int = 1
+    K: int = 16
+    V: int = 16
+    dtype: str = "float32"
+    gates: str = "typical"
+    betas: str = "random"
+    keys: str = "random"
+    initial_state: bool = True
+    padding: int = 0
+    use_qk_l2norm_in_kernel: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", DTYPES), ("gates", GATES), ("betas", BETAS), ("keys", KEYS)):
+            check_choice(name, getattr(self, name), tuple(allowed))
+
+    @property
+    def bounds(self) -> list[int]:
+        """N + 1 bounds (tokens) of the sequences."""
+        bounds = [0]
+        for length in self.seq_lens:
+            bounds.append(bounds[-1] + length)
+        return bounds
+
+    def inputs(self) -> Inputs:
+        """The tensors, on the CPU; drawn in float64, then rounded."""
+        rng = torch.Generator().manual_seed(self.seed)
+        bounds, dtype = self.bounds, DTYPES[self.dtype]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        N, T = len(self.seq_lens), bounds[-1] + self.padding
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+        def uniform() -> torch.Tensor:
+            return torch.rand((1, T, self.HV), generator=rng, dtype=torch.float64)
+
+        q, k = normal(1, T, self.H, self.K), normal(1, T, self.H, self.K)
+        if self.keys == "identical":
+            k = k[:, :1].expand_as(k).clone()
+        if not self.use_qk_l2norm_in_kernel:
+            q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+        v, g, beta = normal(1, T, self.HV, self.V), GATES[self.gates](uniform()), BETAS[self.betas](uniform())
+        state = normal(N, self.HV, self.K, self.V).to(wide) if self.initial_state else None
+        q, k, v, beta, g = *(x.to(dtype) for x in (q, k, v, beta)), g.to(wide)
+        for x in (q, k, v, g, beta):
+            x[:, bounds[-1] :] = float("nan")
+        return Inputs(q, k, v, g, beta, state, torch.tensor(bounds, dtype=torch.int32))
+
+
+class Outcome(NamedTuple):
+    """What came out of checking a case."""
+
+    case: PrefillCase
+    comparisons: list[Comparison]
+    metadata_differences: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return not self.metadata_differences and all(c.passed for c in self.comparisons)
+
+    def __str__(self) -> str:
+        lines = [f"prebuilt metadata: {d}" for d in self.metadata_differences]
+        return "\n".join(lines + [str(c) for c in self.comparisons])
+
+
+class EquivalenceError(AscendTwinError, AssertionError):
+    """A case on which an implementation and the reference differ; the message says where and by how much."""
+
+
+def truth_of(case: PrefillCase, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and final_state by the definition, in float64, on the rounded inputs."""
+    return _run(recurrent_gated_delta_rule, case, inputs)
+
+
+def reference_errors(
+    case: PrefillCase, inputs: Inputs, o: torch.Tensor, state: torch.Tensor
+) -> tuple[Errors, Errors]:
+    """Errors of o and final_state that the chunked reference makes in the dtype of the case."""
+    dtype = DTYPES[case.dtype]
+    chunked_o, chunked_state = _run(chunk_gated_delta_rule, case, inputs, compute_dtype=dtype)
+    bounds, none = case.bounds, Errors(0.0, 0.0)
+    return (
+        compare_o(chunked_o, o, dtype=dtype, bounds=bounds, limit=none).errors,
+        compare_state(chunked_state, state, dtype=chunked_state.dtype, limit=none).errors,
+    )
+
+
+def compare_prefill(
+    case: PrefillCase, inputs: Inputs, actual_o: torch.Tensor, actual_state: torch.Tensor | None
+) -> list[Comparison]:
+    """Compare the results of an implementation for a case with the truth, within the limits of its dtype."""
+    dtype = DTYPES[case.dtype]
+    o, state = truth_of(case, inputs)
+    o_errors, state_errors = reference_errors(case, inputs, o, state)
+    if isinstance(actual_state, torch.Tensor):
+        actual_state = actual_state.cpu()
+    return [
+        compare_o(actual_o.cpu(), o, dtype=dtype, bounds=case.bounds, limit=limit(dtype, o_errors)),
+        compare_state(
+            actual_state,
+            state,
+            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+            limit=limit(dtype, state_errors),
+        ),
+    ]
+
+
+def metadata_differences(
+    metadata: ChunkMetadata, bounds: list[int], block_sizes: tuple[int, int, int]
+) -> list[str]:
+    """Where prebuilt metadata is not what the definition says, in value or dtype; exact."""
+    chunk, large, cumsum = block_sizes
+    expected = {
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "chunk_indices_chunk64": reference_metadata.chunk_indices(bounds, chunk),
+        "chunk_offsets_chunk64": reference_metadata.chunk_offsets(bounds, chunk),
+        "update_chunk_offsets_chunk64": reference_metadata.update_chunk_offsets(bounds, chunk),
+        "final_chunk_indices_chunk64": reference_metadata.final_chunk_indices(bounds, chunk),
+        "chunk_indices_large_block": reference_metadata.chunk_indices(bounds, large),
+        "block_indices_cumsum": reference_metadata.chunk_indices(bounds, cumsum),
+    }
+    differences = []
+    for name, wanted in expected.items():
+        found = getattr(metadata, name).cpu()
+        if found.dtype != wanted.dtype or found.shape != wanted.shape or not torch.equal(found, wanted):
+            differences.append(
+                f"{name} is {found.dtype} {found.tolist()}, expected {wanted.dtype} {wanted.tolist()}"
+            )
+    return differences
+
+
+def check_prefill(
+    case: PrefillCase, *, implementation: str = "eager", builder: ChunkMetadataBuilder, device: torch.device
+) -> Outcome:
+    """Build the metadata of a case, run an implementation on it, and compare both with the reference.
+
+    Args:
+        case: the batch.
+        implementation: a name in `ascend_twin.optimized.gdn.IMPLEMENTATIONS`.
+        builder: builds the metadata; large enough for the case.
+        device: where the builder puts them and the op runs.
+    """
+    inputs = case.inputs()
+    metadata = builder.build(inputs.cu_seqlens)
+    there = inputs.to(device)
+    o, state = optimized_chunk_gated_delta_rule(
+        *there[:5],
+        initial_state=there.initial_state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=case.use_qk_l2norm_in_kernel,
+        prebuilt_meta=metadata,
+        implementation=implementation,
+    )
+    return Outcome(
+        case,
+        compare_prefill(case, inputs, o, state),
+        metadata_differences(metadata, case.bounds, builder.block_sizes),
+    )
+
+
+def minimize(case: PrefillCase, fails: Callable[[PrefillCase], bool]) -> PrefillCase:
+    """The smallest case near `case` that still fails: fewer sequences, tokens, heads, dims, plainer values.
+
+    Greedy: the first simpler case that fails replaces the case, until none does.
+    """
+    while True:
+        smaller = next((c for c in _simpler(case) if fails(c)), None)
+        if smaller is None:
+            return case
+        case = smaller
+
+
+def _simpler(case: PrefillCase) -> list[PrefillCase]:
+    """Cases one step simpler than `case`, the boldest first."""
+    lens, N = case.seq_lens, len(case.seq_lens)
+    variants = (
+        [replace(case, seq_lens=lens[: N // 2]), replace(case, seq_lens=lens[N // 2 :])] if N > 1 else []
+    )
+    variants += [replace(case, seq_lens=lens[:n] + lens[n + 1 :]) for n in range(N) if N > 1]
+    for n, length in enumerate(lens):
+        for shorter in sorted(
+            {0, 1, length // 2, 64 * ((length - 1) // 64), length - 1} & set(range(length))
+        ):
+            variants.append(replace(case, seq_lens=(*lens[:n], shorter, *lens[n + 1 :])))
+    plain: dict[str, Any] = {
+        "HV": case.H, "H": 1, "K": 16, "V": 16, "padding": 0, "initial_state": False,
+        "gates": "none", "betas": "one", "use_qk_l2norm_in_kernel": False,
+    }  # fmt: skip
+    variants += [
+        replace(case, **{name: value}) for name, value in plain.items() if getattr(case, name) != value
+    ]
+    return [c for c in variants if c.HV % c.H == 0]
+
+
+def _run(function: Callable[..., Any], case: PrefillCase, inputs: Inputs, **kwargs: Any) -> tuple[Any, Any]:
+    return function(
+        *inputs[:5],
+        initial_state=inputs.initial_state,
+        cu_seqlens=inputs.cu_seqlens,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=case.use_qk_l2norm_in_kernel,
+        **kwargs,
+    )

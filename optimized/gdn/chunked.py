@@ -1,0 +1,141 @@
+"""The optimized op, and the registry of its implementations."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...reference.errors import invalid_argument
+from ...reference.gdn.inputs import check_choice, check_cu_seqlens, check_eps, check_gdn_shapes
+from .device import open_device
+from .eager import eager_chunk_gated_delta_rule
+from .metadata import ChunkMetadata, ChunkMetadataBuilder
+
+_logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to compute the op.
+
+    Attributes:
+        name: what `implementation=` calls it.
+        summary: one line for people.
+        run: the function; the signature is that of `eager_chunk_gated_delta_rule`.
+    """
+
+    name: str
+    summary: str
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+IMPLEMENTATIONS = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation(
+            "eager", "PyTorch over prebuilt metadata, on any device", eager_chunk_gated_delta_rule
+        ),
+    )
+}
+
+
+def chunk_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    eps: float = 1e-6,
+    prebuilt_meta: ChunkMetadata | None = None,
+    implementation: str = "eager",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gated delta rule prefill, fed by prebuilt chunk metadata.
+
+    Args:
+        q: queries `[B, T, H, K]`, float64, float32, float16 or bfloat16.
+        k: keys `[B, T, H, K]`, dtype of q.
+        v: values `[B, T, HV, V]`, dtype of q, HV a multiple of H.
+        g: log decay `[B, T, HV]`, floating, <= 0 (-inf forgets everything).
+        beta: step size `[B, T, HV]`, floating, in [0, 1].
+        scale: factor of the output. Default: `K ** -0.5`.
+        initial_state: `[N, HV, K, V]` float32 or float64. Default: zeros.
+        output_final_state: whether to return the state after each sequence. Default: False.
+        cu_seqlens: `[N + 1]` int32 or int64, bounds (tokens) of the N sequences packed into one row (B = 1).
+            With prebuilt_meta its values are not read. Default: those of prebuilt_meta, or B sequences of
+            T tokens.
+        use_qk_l2norm_in_kernel: normalise q and k over K first. Default: False.
+        eps: added to the sum of squares by that normalisation. Default: 1e-6.
+        prebuilt_meta: metadata of this step, on the device of q (B = 1). With it, nothing is read back from
+            the device. Without it, metadata are built on the spot, which reads cu_seqlens; said once in the
+            log. Default: None.
+        implementation: a name in `IMPLEMENTATIONS`. Default: "eager".
+
+    Returns:
+        o `[B, T, HV, V]` in the dtype of q, 0 in rows of no sequence, and final_state `[N, HV, K, V]` (None
+        unless asked for), float32, or float64 for float64 input.
+
+    Raises:
+        InvalidArgumentError: for an argument that does not fit, with its name, value and what is allowed.
+    """
+    check_choice("implementation", implementation, tuple(IMPLEMENTATIONS))
+    check_eps(eps)
+    if prebuilt_meta is not None and cu_seqlens is None:
+        cu_seqlens = prebuilt_meta.cu_seqlens
+    sizes = check_gdn_shapes(
+        q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+    )
+    if prebuilt_meta is None:
+        metadata = _build_on_the_spot(q, cu_seqlens, sizes.HV)
+    else:
+        metadata = prebuilt_meta
+        _check_metadata(metadata, q, sizes.N)
+    o, final_state = IMPLEMENTATIONS[implementation].run(
+        *(x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta)),
+        scale=sizes.K**-0.5 if scale is None else scale,
+        initial_state=initial_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        eps=eps,
+        metadata=metadata,
+    )
+    return o.view(sizes.B, sizes.T, sizes.HV, sizes.V), final_state if output_final_state else None
+
+
+def _check_metadata(metadata: ChunkMetadata, q: torch.Tensor, num_sequences: int) -> None:
+    """Check what is known on the host of prebuilt metadata against the call."""
+    if metadata.cu_seqlens.device != q.device:
+        invalid_argument(
+            "prebuilt_meta.cu_seqlens.device", metadata.cu_seqlens.device, f"{q.device}, where q is"
+        )
+    if len(metadata.seq_lens_host) != num_sequences:
+        invalid_argument(
+            "number of sequences of prebuilt_meta",
+            len(metadata.seq_lens_host),
+            f"{num_sequences}, as in cu_seqlens",
+        )
+    if metadata.cu_seqlens_host[-1] > q.shape[1]:
+        invalid_argument("tokens of prebuilt_meta", metadata.cu_seqlens_host[-1], f"<= T = {q.shape[1]}")
+
+
+def _build_on_the_spot(
+    q: torch.Tensor, cu_seqlens: torch.Tensor | None, num_value_heads: int
+) -> ChunkMetadata:
+    if "on the spot" not in _said:
+        _said.add("on the spot")
+        _logger.warning(
+            "chunk_gated_delta_rule was called without prebuilt_meta: chunk metadata are built inside the call, "
+            "which waits for the device. Build them once a step with ChunkMetadataBuilder. (Said once.)"
+        )
+    B, T = q.shape[:2]
+    bounds = [b * T for b in range(B + 1)] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, T)
+    builder = ChunkMetadataBuilder(
+        open_device(str(q.device)), max(1, bounds[-1]), max(1, len(bounds) - 1), num_value_heads, depth=1
+    )
+    return builder.build(torch.tensor(bounds, dtype=torch.int64))

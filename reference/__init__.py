@@ -1,0 +1,1 @@
+"""What is right: plain implementations that say what the optimized ones must compute."""

@@ -1,0 +1,278 @@
+"""The stages of chunked gated delta rule prefill, one public function each, in order.
+
+All stages work on *chunks*: `to_chunks` cuts the packed tokens of every sequence into NT chunks of BT tokens,
+`x [NT, heads, BT, D]`, and fills the tail of a last chunk with zeros. A zero row (k, v, beta, g = 0) adds
+nothing to a state and reads nothing from one, so no stage needs a mask for tails.
+
+Every stage takes the log decay `g` of the definition, not its cumulative sum: the decay from token j to
+token i is summed over (j, i] alone (`segment_sum`), which stays exact where a difference of two cumulative
+sums cancels, and defined where g is -inf.
+
+`compute_dtype` says in which precision a stage runs. float64 and float32 compute and accumulate in
+themselves. bfloat16 and float16 model a matrix unit: operands of a product and the tensors that a kernel
+would store between stages are rounded to that dtype, sums, decays and the state stay float32.
+"""
+
+import torch
+
+from ..errors import invalid_argument
+from .inputs import check_chunk_size, check_cu_seqlens
+from .metadata import chunk_indices
+
+
+def accumulation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and states are kept in: float64 for float64, else float32."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def round_to(x: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+    """`x` rounded to the values of `compute_dtype`, in the accumulation dtype."""
+    return x.to(compute_dtype).to(accumulation_dtype(compute_dtype))
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, compute_dtype: torch.dtype) -> torch.Tensor:
+    """`a @ b` with both operands rounded to `compute_dtype` and the sum in the accumulation dtype."""
+    return round_to(a, compute_dtype) @ round_to(b, compute_dtype)
+
+
+def segment_sum(g: torch.Tensor) -> torch.Tensor:
+    """Log decay between every two tokens of a chunk.
+
+    out[..., i, j] = sum of g over (j, i] for i >= j, and -inf for i < j (masked before any exponential).
+
+    Args:
+        g: log decay `[..., BT]`.
+
+    Returns:
+        `[..., BT, BT]` in the dtype of g.
+
+    Source: the segment sum of Dao and Gu, "Transformers are SSMs", 2024, listing 1.
+    """
+    BT = g.shape[-1]
+    causal = torch.ones(BT, BT, dtype=torch.bool, device=g.device).tril()
+    after_j = causal.tril(-1)
+    pairs = torch.where(after_j, g[..., :, None], 0.0).cumsum(dim=-2)
+    return pairs.masked_fill(~causal, float("-inf"))
+
+
+def to_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], chunk_size: int) -> torch.Tensor:
+    """Cut packed tokens into chunks.
+
+    Args:
+        x: `[T, heads]` or `[T, heads, D]`.
+        cu_seqlens: `[N + 1]`, bounds (tokens) of the sequences.
+        chunk_size: BT, tokens.
+
+    Returns:
+        `[NT, heads, BT]` or `[NT, heads, BT, D]`, zero in the tails, in the order of `chunk_indices`.
+
+    Raises:
+        InvalidArgumentError: for cu_seqlens or chunk_size out of their domain.
+    """
+    rows = _chunk_rows(cu_seqlens, chunk_size, x.shape[0], x.device)
+    padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return padded[rows].transpose(1, 2)
+
+
+def from_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], num_tokens: int) -> torch.Tensor:
+    """Put chunks back into packed tokens: the inverse of `to_chunks`.
+
+    Args:
+        x: `[NT, heads, BT, D]`.
+        cu_seqlens: `[N + 1]`, bounds (tokens) of the sequences.
+        num_tokens: T, rows of the result.
+
+    Returns:
+        `[T, heads, D]`, zero in rows that belong to no sequence.
+
+    Raises:
+        InvalidArgumentError: for cu_seqlens out of its domain, or a number of chunks that does not fit it.
+    """
+    NT, heads, BT, D = x.shape
+    rows = _chunk_rows(cu_seqlens, BT, num_tokens, x.device)
+    if len(rows) != NT:
+        invalid_argument("x.shape[0]", NT, f"{len(rows)}, the number of chunks of cu_seqlens")
+    out = x.new_zeros(num_tokens + 1, heads, D)
+    out[rows] = x.transpose(1, 2)
+    return out[:num_tokens]
+
+
+def _chunk_rows(
+    cu_seqlens: torch.Tensor | list[int], chunk_size: int, num_tokens: int, device: torch.device
+) -> torch.Tensor:
+    """Token of every row of every chunk `[NT, BT]` int64; `num_tokens` in the tails."""
+    check_chunk_size(chunk_size)
+    bounds = check_cu_seqlens(cu_seqlens, num_tokens)
+    rows = torch.full((len(chunk_indices(bounds, chunk_size)), chunk_size), num_tokens, dtype=torch.int64)
+    for row, (n, i) in zip(rows, chunk_indices(bounds, chunk_size).tolist(), strict=True):
+        start = bounds[n] + i * chunk_size
+        length = min(chunk_size, bounds[n + 1] - start)
+        row[:length] = torch.arange(start, start + length)
+    return rows.to(device)
+
+
+def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
+    """Scale every row to length one: x * rsqrt(sum(x^2) + eps).
+
+    Args:
+        x: `[..., K]`, floating.
+        eps: added to the sum of squares. Default: 1e-6.
+
+    Returns:
+        `[..., K]` in the dtype of x.
+
+    Source: fla-core 0.6.0, fla/modules/l2norm.py (eps inside the root).
+    """
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + eps)
+
+
+def chunk_local_cumsum(g: torch.Tensor) -> torch.Tensor:
+    """Log decay from the start of its chunk up to and including each token.
+
+    Args:
+        g: log decay `[NT, HV, BT]`.
+
+    Returns:
+        `[NT, HV, BT]`, the inclusive cumulative sum over BT.
+    """
+    return g.cumsum(dim=-1)
+
+
+def chunk_scaled_dot_kkt(
+    k: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, *, compute_dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """How much the update of token j changes what token i reads, within a chunk.
+
+    A_ij = beta_i exp(g summed over (j, i]) k_i^T k_j for i > j, else 0.
+
+    Args:
+        k: keys `[NT, HV, BT, K]`.
+        g: log decay `[NT, HV, BT]`.
+        beta: `[NT, HV, BT]`.
+        compute_dtype: precision of the stage. Default: float64.
+
+    Returns:
+        A `[NT, HV, BT, BT]`, strictly lower triangular, in the accumulation dtype.
+    """
+    decay = segment_sum(g).exp().tril(-1)
+    return beta[..., None] * decay * matmul(k, k.mT, compute_dtype)
+
+
+def solve_tril(A: torch.Tensor, *, compute_dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Ai = (I + A)^-1, by forward substitution of a batched triangular solve.
+
+    Args:
+        A: `[NT, HV, BT, BT]`, strictly lower triangular.
+        compute_dtype: what the result is rounded to; the solve itself runs in the dtype of A.
+
+    Returns:
+        Ai `[NT, HV, BT, BT]`, lower triangular with ones on its diagonal.
+    """
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    Ai = torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
+    return round_to(Ai, compute_dtype)
+
+
+def recompute_w_u(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    Ai: torch.Tensor,
+    *,
+    compute_dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chunk as one update of rank BT: what each token writes, before the incoming state is known.
+
+    w = Ai (beta exp(cumsum g) k)    reads the incoming state
+    u = Ai (beta v)                  writes values
+
+    Args:
+        k: keys `[NT, HV, BT, K]`.
+        v: values `[NT, HV, BT, V]`.
+        g: log decay `[NT, HV, BT]`.
+        beta: `[NT, HV, BT]`.
+        Ai: `[NT, HV, BT, BT]` of `solve_tril`.
+        compute_dtype: precision of the stage. Default: float64.
+
+    Returns:
+        w `[NT, HV, BT, K]` and u `[NT, HV, BT, V]`.
+
+    Source: the WY form of Yang et al., "Parallelizing Linear Transformers with the Delta Rule", 2024.
+    """
+    decay = chunk_local_cumsum(g).exp()
+    w = matmul(Ai, (beta * decay)[..., None] * k, compute_dtype)
+    u = matmul(Ai, beta[..., None] * v, compute_dtype)
+    return round_to(w, compute_dtype), round_to(u, compute_dtype)
+
+
+def chunk_delta_h(
+    k: torch.Tensor,
+    w: torch.Tensor,
+    u: torch.Tensor,
+    g: torch.Tensor,
+    *,
+    chunk_offsets: list[int],
+    initial_state: torch.Tensor,
+    compute_dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Carry the state through the chunks of each sequence: the only stage that is sequential.
+
+    v_new = u - w S,    S <- exp(sum of g) S + sum_i exp(g summed over (i, BT]) k_i v_new_i^T
+
+    Args:
+        k: keys `[NT, HV, BT, K]`.
+        w: `[NT, HV, BT, K]`.
+        u: `[NT, HV, BT, V]`.
+        g: log decay `[NT, HV, BT]`.
+        chunk_offsets: N + 1 ints; sequence n owns chunks chunk_offsets[n] to chunk_offsets[n + 1].
+        initial_state: `[N, HV, K, V]`.
+        compute_dtype: precision of the stage. Default: float64.
+
+    Returns:
+        h `[NT, HV, K, V]`, the state each chunk starts from; v_new `[NT, HV, BT, V]`, the values with what the
+        state already held taken off; final_state `[N, HV, K, V]` in the accumulation dtype.
+    """
+    h = k.new_empty(*k.shape[:2], k.shape[-1], u.shape[-1])
+    v_new = torch.empty_like(u)
+    final_state = initial_state.to(accumulation_dtype(compute_dtype), copy=True)
+    to_end = segment_sum(g)[..., -1, :].exp()
+    whole = g.sum(dim=-1).exp()
+    for n, state in enumerate(final_state):
+        for c in range(chunk_offsets[n], chunk_offsets[n + 1]):
+            h[c] = round_to(state, compute_dtype)
+            v_new[c] = round_to(u[c] - matmul(w[c], state, compute_dtype), compute_dtype)
+            update = matmul(k[c].mT, to_end[c, ..., None] * v_new[c], compute_dtype)
+            state.mul_(whole[c, :, None, None]).add_(update)
+    return h, v_new, final_state
+
+
+def chunk_fwd_o(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v_new: torch.Tensor,
+    h: torch.Tensor,
+    g: torch.Tensor,
+    *,
+    scale: float,
+    compute_dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """What every token reads: from the state its chunk started from, and from its own chunk.
+
+    o_i = scale (exp(cumsum g)_i q_i^T h + sum over j <= i of exp(g summed over (j, i]) (q_i^T k_j) v_new_j)
+
+    Args:
+        q: queries `[NT, HV, BT, K]`.
+        k: keys `[NT, HV, BT, K]`.
+        v_new: `[NT, HV, BT, V]`.
+        h: `[NT, HV, K, V]`.
+        g: log decay `[NT, HV, BT]`.
+        scale: factor of the output.
+        compute_dtype: precision of the stage. Default: float64.
+
+    Returns:
+        o `[NT, HV, BT, V]`.
+    """
+    from_state = chunk_local_cumsum(g).exp()[..., None] * matmul(q, h, compute_dtype)
+    from_chunk = matmul(segment_sum(g).exp() * matmul(q, k.mT, compute_dtype), v_new, compute_dtype)
+    return round_to(scale * (from_state + from_chunk), compute_dtype)

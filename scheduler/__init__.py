@@ -1,0 +1,1 @@
+"""Scheduling: request traces and the prefill steps that they lead to."""
