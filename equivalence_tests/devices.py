@@ -22,18 +22,15 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..optimized.gdn.device import Device, open_device
 from ..reference.errors import HostSyncError, StagingError, UnsynchronizedReadError
 
 _INT_POISON = -0x5A5A5A5B
 _HOST_READS = ("tolist", "numpy", "__array__", "__dlpack__")
-_MASK_INDEXED = (
-    torch.ops.aten.index.Tensor,
-    torch.ops.aten.index_put_.default,
-    torch.ops.aten.index_put.default,
-)
+_MASK_WRITTEN = (torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
+_MASK_INDEXED = (torch.ops.aten.index.Tensor, *_MASK_WRITTEN)
 
 
 @dataclass
@@ -45,7 +42,7 @@ class _Ticket:
 
 
 class SimulatedStream:
-    """A queue of operations; a `_Ticket` in it is either an event to mark or, from elsewhere, one to wait for."""
+    """A queue of operations; a `_Ticket` in it is an event to mark or, from elsewhere, one to wait for."""
 
     def __init__(self) -> None:
         self.queue: deque[Callable[[], None] | _Ticket] = deque()
@@ -98,7 +95,7 @@ class _Memory:
 
 
 class SimulatedTensor(torch.Tensor):
-    """A tensor on a `SimulatedDevice`. Its values are in `contents` once the queued work that writes them ran."""
+    """A tensor on a `SimulatedDevice`; its values are in `contents` once the work that writes them ran."""
 
     owner: "SimulatedDevice"
     contents: torch.Tensor
@@ -194,12 +191,12 @@ class SimulatedDevice:
 
     def host_empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         num_bytes = size * dtype.itemsize
-        block = next((b for b in self._free_pinned if b.nbytes >= num_bytes), None)
-        if block is None:
+        fits = next((i for i, b in enumerate(self._free_pinned) if b.nbytes >= num_bytes), None)
+        if fits is None:
             block = np.full(num_bytes, 0xA5, dtype=np.uint8)
             self._pinned.append(block)
         else:
-            self._free_pinned.remove(block)
+            block = self._free_pinned.pop(fits)
         handle = block[:num_bytes]
         weakref.finalize(handle, self._recycle, block)
         return torch.from_numpy(handle).view(dtype)
@@ -209,7 +206,10 @@ class SimulatedDevice:
         self._free_pinned.insert(0, block)
 
     def device_empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return SimulatedTensor(self, _poison(torch.empty(size, dtype=dtype)), _Memory())
+        contents, memory = torch.empty(size, dtype=dtype), _Memory()
+        # As from a caching allocator: work queued earlier on this stream may still use the memory.
+        self._queue(self.default_stream, lambda: _poison(contents), [memory])
+        return SimulatedTensor(self, contents, memory)
 
     def to_device(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor of the device with the values of host tensor `x`, which has already landed."""
@@ -218,6 +218,8 @@ class SimulatedDevice:
     def copy_async(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
         if not isinstance(target, SimulatedTensor):
             raise StagingError(f"the target of an asynchronous copy is a {type(target).__name__} on the host")
+        if not source.numel():
+            return
         raw = self._pinned_memory(source)
         self.copied_bytes.append(raw.nbytes)
         contents, values = target.contents, torch.from_numpy(raw).view(source.dtype)
@@ -295,25 +297,34 @@ class SimulatedDevice:
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Execute a view or a host read now; queue anything else and return tensors yet without values."""
-        simulated = list(_simulated((args, kwargs)))
+        if torch.Tag.inplace_view in func.tags:
+            raise NotImplementedError(f"{func} on a SimulatedTensor")
         if _reads_on_host(func, args, kwargs):
-            args, kwargs = tree_map(
-                lambda x: self._read(x, str(func)) if isinstance(x, SimulatedTensor) else x, (args, kwargs)
+            read = tree_map(
+                lambda x: self._read(x, str(func)) if isinstance(x, SimulatedTensor) else x,
+                args[1] if func in _MASK_WRITTEN else (args, kwargs),
             )
-            return func(*args, **kwargs)
+            if func not in _MASK_WRITTEN:
+                result = func(*read[0], **read[1])
+                return self._wrap(result, _Memory()) if _has_dynamic_shape(func) else result
         for x in _leaves((args, kwargs)):
-            if isinstance(x, torch.Tensor) and not isinstance(x, SimulatedTensor) and x.ndim:
-                raise HostSyncError(
-                    f"{_place()}: {func} mixes device tensors with a host tensor {tuple(x.shape)}"
-                )
+            if isinstance(x, torch.Tensor) and not isinstance(x, SimulatedTensor):
+                if x.device == self.torch_device and not self._forbidding:
+                    raise StagingError(f"{_place()}: {func}: needs forbid_host_sync() to make its operands")
+                if x.ndim:
+                    raise HostSyncError(
+                        f"{_place()}: {func} mixes device tensors with a host tensor {tuple(x.shape)}"
+                    )
         contents = tree_map(lambda x: x.contents if isinstance(x, SimulatedTensor) else x, (args, kwargs))
         if func.is_view:
-            memory = simulated[0].memory
-            return tree_map(
-                lambda x: SimulatedTensor(self, x, memory) if isinstance(x, torch.Tensor) else x,
-                func(*contents[0], **contents[1]),
-            )
+            memory = next(_simulated((args, kwargs))).memory
+            return self._wrap(func(*contents[0], **contents[1]), memory)
         return self._launch(func, args, kwargs, contents)
+
+    def _wrap(self, result: Any, memory: _Memory) -> Any:
+        return tree_map(
+            lambda x: SimulatedTensor(self, x, memory) if isinstance(x, torch.Tensor) else x, result
+        )
 
     def _launch(self, func: Any, args: Any, kwargs: Any, contents: Any) -> Any:
         of_meta: dict[int, SimulatedTensor] = {}
@@ -347,6 +358,8 @@ class SimulatedDevice:
         device_kwargs = {k: "cpu" if k == "device" and v is not None else v for k, v in contents[1].items()}
 
         def work() -> None:
+            if "empty" in str(func):
+                return
             values = [x for x in _leaves(func(*contents[0], **device_kwargs)) if isinstance(x, torch.Tensor)]
             if targets:
                 for target, value in zip(targets, values, strict=True):
@@ -366,7 +379,7 @@ def open_test_device(name: str) -> Device:
 
 
 def _leaves(tree: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
+    return tree_leaves(tree)
 
 
 def _simulated(tree: Any) -> Iterator[SimulatedTensor]:
@@ -391,8 +404,14 @@ def _reads_on_host(func: Any, args: Any, kwargs: Any) -> bool:
         to_host = "device" in kwargs and kwargs["device"] is not None and kwargs["device"].type == "cpu"
         into_host = func is torch.ops.aten.copy_.default and not isinstance(args[0], SimulatedTensor)
         return to_host or into_host
-    tags = func.tags
-    return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    if func is torch.ops.aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is None
+    return torch.Tag.data_dependent_output in func.tags or _has_dynamic_shape(func)
+
+
+def _has_dynamic_shape(func: Any) -> bool:
+    """Whether the shape of the result depends on values."""
+    return func is torch.ops.aten.index.Tensor or torch.Tag.dynamic_output_shape in func.tags
 
 
 def _poison(x: torch.Tensor) -> torch.Tensor:

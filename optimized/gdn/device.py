@@ -172,8 +172,9 @@ def open_device(name: str) -> Device:
         InvalidArgumentError: for a name that is none of these.
         UnavailableError: when the device cannot be used here, with the reason.
     """
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "npu") or (index and not index.isdigit()) or (kind == "cpu" and index):
+    kind, colon, index = name.partition(":")
+    is_index = kind != "cpu" and index.isascii() and index.isdigit()
+    if kind not in ("cpu", "cuda", "npu") or (colon and not is_index):
         invalid_argument("device", repr(name), "cpu, cuda, npu, or cuda:INDEX, npu:INDEX")
     if kind == "cpu":
         return CpuDevice()

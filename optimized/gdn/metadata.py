@@ -115,9 +115,12 @@ class ChunkMetadataBuilder:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.block_sizes = (CHUNK_SIZE, SOLVE_TRIL_BLOCK_SIZE, cumsum_block_size(num_value_heads))
-        self._block_sizes = np.array(self.block_sizes)[:, None]
+        self._block_sizes = np.array((1, *self.block_sizes))[:, None]
+        self._block_sizes_less_one = self._block_sizes - 1
         most_pairs = sum(_most_blocks(max_num_batched_tokens, max_num_seqs, b) + 1 for b in self.block_sizes)
-        self._counting = np.arange(most_pairs + max_num_seqs + 1)
+        self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
+        self._sequences = np.tile(np.arange(max_num_seqs + 1), (3, 1))
+        self._rows = np.arange(most_pairs) << 32
         capacity = 5 * _aligned(max_num_seqs + 1) + 2 * most_pairs
         self.ring = StagingRing(device, capacity, depth)
 
@@ -149,59 +152,65 @@ class ChunkMetadataBuilder:
             StagingError: when `depth` earlier metadata are still referenced.
         """
         lens = _sequence_lengths(query_start_loc_cpu, spec_sequence_masks_cpu, num_actual_seqs)
-        N, num_tokens = len(lens), int(lens.sum())
-        if self.max_num_seqs < N:
+        N = len(lens)
+        if N > self.max_num_seqs:
             raise CapacityError(f"number of sequences is {N}; allowed: max_num_seqs = {self.max_num_seqs}")
+        if not 0 <= num_decodes <= N:
+            invalid_argument("num_decodes", num_decodes, f"0 to {N}, the number of sequences that enter")
+
+        # Tokens, then blocks of each size, of each sequence; a token is a block of size 1.
+        counts = np.zeros((4, N + 1), dtype=np.int64)
+        np.floor_divide(lens + self._block_sizes_less_one, self._block_sizes, out=counts[:, :N])
+        ends = counts.cumsum(axis=1)
+        num_tokens, *totals = ends[:, N].tolist()
         if num_tokens > self.max_num_batched_tokens:
             raise CapacityError(
                 f"number of tokens is {num_tokens}; allowed: "
                 f"max_num_batched_tokens = {self.max_num_batched_tokens}"
             )
-        if not 0 <= num_decodes <= N:
-            invalid_argument("num_decodes", num_decodes, f"0 to {N}, the number of sequences that enter")
-
         # One more column pads each table to an even number of pairs, so that the next one is aligned.
-        counts = np.zeros((3, N + 1), dtype=np.int64)
-        counts[:, :N] = (lens + (self._block_sizes - 1)) // self._block_sizes
-        totals = counts.sum(axis=1)
-        counts[:, N] = totals & 1
-        has_empty = N > 0 and not lens.all()
-        num_pairs = int(totals.sum() + counts[:, N].sum())
+        odd = [total & 1 for total in totals]
+        counts[1:, N] = odd
+        num_pairs = sum(totals) + sum(odd)
         vector = _aligned(N + 1)
         tables = 4 * vector
         keep = tables + 2 * num_pairs
-        size = keep + (vector if has_empty else 0)
+        has_empty = np.count_nonzero(lens) < N
+        size = keep + vector if has_empty else keep
 
         def fill(out: np.ndarray) -> None:
-            out[0] = out[vector] = out[2 * vector] = 0
-            lens.cumsum(out=out[1 : N + 1])
-            counts[0, :N].cumsum(out=out[vector + 1 : vector + N + 1])
-            update = out[2 * vector : 2 * vector + N + 1]
-            np.add(out[vector : vector + N + 1], self._counting[: N + 1], out=update, casting="unsafe")
-            np.subtract(update[1:], 1, out=out[3 * vector : 3 * vector + N])
-            flat = counts.ravel()
-            pairs = out[tables:keep].reshape(num_pairs, 2)
-            pairs[:, 0] = np.tile(self._counting[: N + 1], 3).repeat(flat)
-            pairs[:, 1] = self._counting[:num_pairs] - (flat.cumsum() - flat).repeat(flat)
+            vectors = out[:tables].reshape(4, vector)
+            vectors[:, 0] = 0
+            vectors[:2, 1 : N + 1] = ends[:2, :N]
+            np.add(vectors[1, : N + 1], self._counting[: N + 1], out=vectors[2, : N + 1])
+            np.add(vectors[1, 1 : N + 1], self._counting[:N], out=vectors[3, :N])
+            # A pair of int32 is one int64: the sequence, and 2**32 times (row of the table - first row).
+            repeats = counts[1:].ravel()
+            first_rows = repeats.cumsum() - repeats
+            base = self._sequences[:, : N + 1].ravel() - (first_rows << 32)
+            np.add(base.repeat(repeats), self._rows[:num_pairs], out=out[tables:keep].view(np.int64))
             if has_empty:
                 out[keep:].view(np.bool_)[:N] = lens > 0
 
         lease = self.ring.stage(size, fill)
-        buffer = lease.buffer
-        starts = tables + 2 * np.concatenate(([0], (totals + counts[:, N]).cumsum()))
-        indices64, large_block, cumsum = (
-            buffer[start : start + 2 * total].view(-1, 2)
-            for start, total in zip(starts.tolist(), totals.tolist(), strict=False)
+        rest = vector - N - 1
+        cu_seqlens, _, offsets, _, update_offsets, _, final_indices, _, pairs, mask = (
+            lease.buffer.split_with_sizes(
+                (N + 1, rest, N + 1, rest, N + 1, rest, N, rest + 1, 2 * num_pairs, size - keep)
+            )
+        )
+        indices64, _, large_block, _, cumsum, _ = pairs.view(-1, 2).split_with_sizes(
+            (totals[0], odd[0], totals[1], odd[1], totals[2], odd[2])
         )
         return ChunkMetadata(
-            cu_seqlens=buffer[: N + 1],
-            chunk_offsets_chunk64=buffer[vector : vector + N + 1],
-            update_chunk_offsets_chunk64=buffer[2 * vector : 2 * vector + N + 1],
-            final_chunk_indices_chunk64=buffer[3 * vector : 3 * vector + N],
+            cu_seqlens=cu_seqlens,
+            chunk_offsets_chunk64=offsets,
+            update_chunk_offsets_chunk64=update_offsets,
+            final_chunk_indices_chunk64=final_indices,
             chunk_indices_chunk64=indices64,
             chunk_indices_large_block=large_block,
             block_indices_cumsum=cumsum,
-            keep_meta=buffer[keep:].view(torch.bool)[:N] if has_empty else None,
+            keep_meta=mask.view(torch.bool)[:N] if has_empty else None,
             num_decodes=num_decodes,
             seq_lens_host=lens,
             _lease=lease,
@@ -239,13 +248,14 @@ def _sequence_lengths(
         num_actual_seqs = num_seqs
     elif not 0 <= num_actual_seqs <= num_seqs:
         invalid_argument("num_actual_seqs", num_actual_seqs, f"0 to {num_seqs}, len(query_start_loc_cpu) - 1")
-    bounds = bounds[: num_actual_seqs + 1].astype(np.int64)
+    bounds = bounds[: num_actual_seqs + 1]
     if bounds[0] != 0:
         invalid_argument("query_start_loc_cpu[0]", bounds[0], "0")
-    lens = bounds[1:] - bounds[:-1]
-    if (lens < 0).any():
-        i = int((lens < 0).argmax()) + 1
+    falls = bounds[1:] < bounds[:-1]  # not lens < 0: a difference of int64 can overflow
+    if np.count_nonzero(falls):
+        i = int(falls.argmax()) + 1
         invalid_argument(f"query_start_loc_cpu[{i}]", bounds[i], f">= {bounds[i - 1]}, the value before it")
+    lens = np.subtract(bounds[1:], bounds[:-1], dtype=np.int64)
     if spec_masks is None:
         return lens
     if (

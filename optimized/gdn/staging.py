@@ -4,7 +4,8 @@ A slot is a pinned host buffer, its device twin of equal size, and two events. F
 only the first can make the host wait:
 
     host writes the host buffer      after copy_done: the slot's last copy has read it
-    copy stream copies               after consumer_done: the slot's last readers are done
+    copy stream copies               after consumer_done: the slot's last readers are done, and those of
+                                     the device memory before it was the slot's
     consumer stream reads            after copy_done: the copy has landed
     the ring is dropped              after copy_done of every slot: no copy reads freed memory
 
@@ -30,6 +31,8 @@ class _Slot:
         self.device = device.device_empty(capacity, torch.int32)
         self.copy_done: Event = device.new_event()
         self.consumer_done: Event = device.new_event()
+        # Fresh device memory may still be in use by work queued before: allocators order it by this stream.
+        self.consumer_done.record(device.current_stream())
 
 
 class Lease:
@@ -105,21 +108,20 @@ class StagingRing:
         if not 0 <= size <= self.capacity:
             raise CapacityError(f"size is {size}; allowed: 0 to the capacity of a slot, {self.capacity}")
         slot = self._next_slot()
-        try:
-            fill(slot.host_array[:size])
-            buffer = self._copy(slot, size)
-        except BaseException:
-            self._free.appendleft(slot)
-            raise
-        return Lease(self, slot, buffer, self._consumer_after(slot))
+        fill(slot.host_array[:size])
+        buffer = self._copy(slot, size)
+        consumer = self._consumer_after(slot)
+        self._free.popleft()
+        return Lease(self, slot, buffer, consumer)
 
     def _next_slot(self) -> _Slot:
+        """The slot that was free for longest, its host buffer no longer read by a copy; it stays free."""
         if not self._free:
             raise StagingError(
                 f"all {self.depth} slots are held: release() earlier leases (or drop their metadata), "
                 "or make the ring deeper"
             )
-        slot = self._free.popleft()
+        slot = self._free[0]
         if not slot.copy_done.query():
             self.waits += 1
             slot.copy_done.synchronize()

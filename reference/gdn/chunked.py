@@ -86,7 +86,8 @@ def chunk_gated_delta_rule(
     )
     if use_qk_l2norm_in_kernel:
         q, k = stages.l2norm(q, eps=eps), stages.l2norm(k, eps=eps)
-    q, k = (x.repeat_interleave(sizes.HV // sizes.H, dim=1) for x in (q, k))
+    if sizes.HV > sizes.H:
+        q, k = (x.repeat_interleave(sizes.HV // sizes.H, dim=1) for x in (q, k))
     if initial_state is None:
         initial_state = v.new_zeros(sizes.N, sizes.HV, sizes.K, sizes.V)
     # 2.

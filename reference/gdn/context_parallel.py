@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import invalid_argument
-from .inputs import STATE_DTYPES, check_shape, check_tensor
+from .inputs import FLOAT_DTYPES, STATE_DTYPES, check_shape, check_tensor
 from .recurrent import recurrent_gated_delta_rule
 
 
@@ -54,6 +54,7 @@ def rank_contribution(
     Raises:
         InvalidArgumentError: as `recurrent_gated_delta_rule`.
     """
+    check_tensor("k", k, 4, FLOAT_DTYPES)
 
     def final_state(values: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
         _, state = recurrent_gated_delta_rule(

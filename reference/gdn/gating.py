@@ -14,8 +14,8 @@ def fused_gdn_gating(
     g = -exp(A_log) softplus(a + dt_bias),    beta = sigmoid(b)
 
     Both are computed in float32 (float64 for float64 input). softplus(x) = max(x, 0) + log1p(exp(-|x|))
-    overflows for no x; a product beyond the largest finite number is that number: g is finite for any finite
-    input.
+    overflows for no x; a sum or product beyond the largest finite number is that number: g is finite for any
+    finite input.
 
     Args:
         A_log: `[HV]`, floating, logarithm of the decay rate.
@@ -24,7 +24,7 @@ def fused_gdn_gating(
         dt_bias: `[HV]`, floating.
 
     Returns:
-        g `[..., HV]`, <= 0, float32 (float64 if any input is), and beta `[..., HV]` in (0, 1), dtype of b.
+        g `[..., HV]`, <= 0, float32 (float64 if any input is), and beta `[..., HV]` in [0, 1], dtype of b.
 
     Raises:
         InvalidArgumentError: for a shape, dtype or device that does not fit.
@@ -44,9 +44,9 @@ def fused_gdn_gating(
 
     is_double = torch.float64 in (A_log.dtype, a.dtype, dt_bias.dtype)
     dtype = torch.float64 if is_double else torch.float32
-    x = a.to(dtype) + dt_bias.to(dtype)
-    softplus = x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
     largest = torch.finfo(dtype).max
+    x = (a.to(dtype) + dt_bias.to(dtype)).clamp(-largest, largest)
+    softplus = x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
     rate = A_log.to(dtype).exp().clamp(max=largest)
     g = -(rate * softplus).clamp(max=largest)
     return g, torch.sigmoid(b)

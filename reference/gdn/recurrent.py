@@ -137,6 +137,11 @@ def recurrent_gated_delta_rule_decode(
     check_tensor("v", v, 3, (q.dtype,))
     check_tensor("g", g, 2, FLOAT_DTYPES)
     check_tensor("beta", beta, 2, FLOAT_DTYPES)
+    N, HV, V = len(q), *v.shape[1:]
+    check_shape("k", k, q.shape, "[N, H, K] of q")
+    check_shape("v", v, (N, HV, V), "[N, HV, V]")
+    check_shape("g", g, (N, HV), "[N, HV]")
+    check_shape("beta", beta, (N, HV), "[N, HV]")
     sizes = check_gdn_shapes(
         *(x.unsqueeze(0) for x in (q, k, v, g, beta)), scale=scale, initial_state=None, cu_seqlens=None
     )
@@ -166,6 +171,8 @@ def _check_state_indices(
     """The slot of each row, None for a padding row."""
     check_tensor("state_indices", state_indices, 1, (torch.int32, torch.int64))
     check_shape("state_indices", state_indices, (num_rows,), "[N]")
+    if null_slot is not None and not 0 <= null_slot < num_slots:
+        invalid_argument("null_slot", null_slot, f"a slot in [0, {num_slots}), or None")
     slots: list[int | None] = []
     for n, slot in enumerate(state_indices.tolist()):
         padding = slot in (-1, null_slot)

@@ -71,7 +71,7 @@ def to_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], chunk_size:
     """
     rows = _chunk_rows(cu_seqlens, chunk_size, x.shape[0], x.device)
     padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    return padded[rows].transpose(1, 2)
+    return padded[rows].transpose(1, 2).contiguous()
 
 
 def from_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], num_tokens: int) -> torch.Tensor:
@@ -236,14 +236,15 @@ def chunk_delta_h(
     h = k.new_empty(*k.shape[:2], k.shape[-1], u.shape[-1])
     v_new = torch.empty_like(u)
     final_state = initial_state.to(accumulation_dtype(compute_dtype), copy=True)
-    to_end = segment_sum(g)[..., -1, :].exp()
-    whole = g.sum(dim=-1).exp()
+    after = torch.cat([g[..., 1:], torch.zeros_like(g[..., :1])], dim=-1)
+    to_end = after.flip(-1).cumsum(dim=-1).flip(-1).exp()[..., None]
+    whole = g.sum(dim=-1).exp()[..., None, None]
     for n, state in enumerate(final_state):
         for c in range(chunk_offsets[n], chunk_offsets[n + 1]):
             h[c] = round_to(state, compute_dtype)
             v_new[c] = round_to(u[c] - matmul(w[c], state, compute_dtype), compute_dtype)
-            update = matmul(k[c].mT, to_end[c, ..., None] * v_new[c], compute_dtype)
-            state.mul_(whole[c, :, None, None]).add_(update)
+            update = matmul(k[c].mT, to_end[c] * v_new[c], compute_dtype)
+            state.mul_(whole[c]).add_(update)
     return h, v_new, final_state
 
 
