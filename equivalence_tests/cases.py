@@ -1,14 +1,15 @@
 """A prefill batch as a few small numbers, and the check that an implementation computes it right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
 from ..optimized.gdn.metadata import ChunkMetadata, ChunkMetadataBuilder
-from ..reference.errors import AscendTwinError
+from ..reference.errors import AscendTwinError, invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from ..reference.gdn import metadata as reference_metadata
 from ..reference.gdn.inputs import check_choice
@@ -56,7 +57,7 @@ class Inputs(NamedTuple):
 
     def to(self, device: torch.device) -> "Inputs":
         """The same tensors on `device`."""
-        return Inputs(*(None if x is None else x.to(device) for x in self))
+        return Inputs._make(None if x is None else x.to(device) for x in self)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PrefillCase:
         dtype: of q, k, v and beta, a key of `DTYPES`. g and the state are float32 (float64 for float64).
         gates, betas: keys of `GATES` and `BETAS`.
         keys: "random", or "identical": every token has the same key, the hard case of solve_tril.
-        initial_state: whether sequences start from a random state.
+        initial_state: whether sequences start from a random state, not from zeros: all alike, or N bools.
         padding: tokens behind the last sequence; filled with NaN.
         use_qk_l2norm_in_kernel: whether the op normalises q and k; else they come normalised.
     """
@@ -85,13 +86,17 @@ class PrefillCase:
     gates: str = "typical"
     betas: str = "random"
     keys: str = "random"
-    initial_state: bool = True
+    initial_state: bool | tuple[bool, ...] = True
     padding: int = 0
     use_qk_l2norm_in_kernel: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", DTYPES), ("gates", GATES), ("betas", BETAS), ("keys", KEYS)):
             check_choice(name, getattr(self, name), tuple(allowed))
+        if isinstance(self.initial_state, tuple) and len(self.initial_state) != len(self.seq_lens):
+            invalid_argument(
+                "initial_state", self.initial_state, f"{len(self.seq_lens)} bools, or one for all"
+            )
 
     @property
     def bounds(self) -> list[int]:
@@ -121,6 +126,8 @@ class PrefillCase:
             q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
         v, g, beta = normal(1, T, self.HV, self.V), GATES[self.gates](uniform()), BETAS[self.betas](uniform())
         state = normal(N, self.HV, self.K, self.V).to(wide) if self.initial_state else None
+        if state is not None and isinstance(self.initial_state, tuple):
+            state[~torch.tensor(self.initial_state)] = 0
         q, k, v, beta, g = *(x.to(dtype) for x in (q, k, v, beta)), g.to(wide)
         for x in (q, k, v, g, beta):
             x[:, bounds[-1] :] = float("nan")
@@ -133,21 +140,26 @@ class Outcome(NamedTuple):
     case: PrefillCase
     comparisons: list[Comparison]
     metadata_differences: list[str]
+    reference: Sequence[Comparison] = ()  # of the chunked reference in float64, if that was checked too
 
     @property
     def passed(self) -> bool:
-        return not self.metadata_differences and all(c.passed for c in self.comparisons)
+        return not self.metadata_differences and all(c.passed for c in (*self.comparisons, *self.reference))
 
     def __str__(self) -> str:
         lines = [f"prebuilt metadata: {d}" for d in self.metadata_differences]
+        lines += [f"chunked reference: {c}" for c in self.reference]
         return "\n".join(lines + [str(c) for c in self.comparisons])
+
+
+Truth = tuple[torch.Tensor, torch.Tensor]  # o and final_state, float64
 
 
 class EquivalenceError(AscendTwinError, AssertionError):
     """A case on which an implementation and the reference differ; the message says where and by how much."""
 
 
-def truth_of(case: PrefillCase, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def truth_of(case: PrefillCase, inputs: Inputs) -> Truth:
     """o and final_state by the definition, in float64, on the rounded inputs."""
     return _run(recurrent_gated_delta_rule, case, inputs)
 
@@ -161,16 +173,33 @@ def reference_errors(
     bounds, none = case.bounds, Errors(0.0, 0.0)
     return (
         compare_o(chunked_o, o, dtype=dtype, bounds=bounds, limit=none).errors,
-        compare_state(chunked_state, state, dtype=chunked_state.dtype, limit=none).errors,
+        compare_state(chunked_state, state, dtype=chunked_state.dtype, operands=dtype, limit=none).errors,
     )
 
 
+def compare_reference(case: PrefillCase, inputs: Inputs, truth: Truth) -> list[Comparison]:
+    """Compare the chunked reference in float64 with the truth: the two plain statements of the rule."""
+    o, state = _run(chunk_gated_delta_rule, case, inputs)
+    float64 = torch.float64
+    return [
+        compare_o(o, truth[0], dtype=float64, bounds=case.bounds, limit=limit(float64)),
+        compare_state(state, truth[1], dtype=float64, operands=float64, limit=limit(float64)),
+    ]
+
+
 def compare_prefill(
-    case: PrefillCase, inputs: Inputs, actual_o: torch.Tensor, actual_state: torch.Tensor | None
+    case: PrefillCase,
+    inputs: Inputs,
+    actual_o: torch.Tensor,
+    actual_state: torch.Tensor | None,
+    truth: Truth | None = None,
 ) -> list[Comparison]:
-    """Compare the results of an implementation for a case with the truth, within the limits of its dtype."""
+    """Compare the results of an implementation for a case with the truth, within the limits of its dtype.
+
+    `truth` is `truth_of(case, inputs)`, computed here unless given.
+    """
     dtype = DTYPES[case.dtype]
-    o, state = truth_of(case, inputs)
+    o, state = truth_of(case, inputs) if truth is None else truth
     o_errors, state_errors = reference_errors(case, inputs, o, state)
     if isinstance(actual_state, torch.Tensor):
         actual_state = actual_state.cpu()
@@ -180,6 +209,7 @@ def compare_prefill(
             actual_state,
             state,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+            operands=dtype,
             limit=limit(dtype, state_errors),
         ),
     ]
@@ -199,9 +229,28 @@ def metadata_differences(
         "chunk_indices_large_block": reference_metadata.chunk_indices(bounds, large),
         "block_indices_cumsum": reference_metadata.chunk_indices(bounds, cumsum),
     }
-    differences = []
+    if any(start == end for start, end in pairwise(bounds)):
+        expected["keep_meta"] = torch.tensor(bounds[1:]) > torch.tensor(bounds[:-1])
+    elif metadata.keep_meta is not None:
+        return ["keep_meta is a tensor, expected None: no sequence is empty"]
+    host_bounds = metadata.cu_seqlens_kern or metadata.cu_seqlens_host
+    expected_host = {
+        "cu_seqlens_host": tuple(bounds),
+        "chunk_indices_chunk64_host": tuple(
+            reference_metadata.chunk_indices(host_bounds, chunk).flatten().tolist()
+        ),
+    }
+    differences = [
+        f"{name} is {getattr(metadata, name)}, expected {wanted}"
+        for name, wanted in expected_host.items()
+        if getattr(metadata, name) != wanted
+    ]
     for name, wanted in expected.items():
-        found = getattr(metadata, name).cpu()
+        found = getattr(metadata, name)
+        if found is None:
+            differences.append(f"{name} is None, expected {wanted.dtype} {wanted.tolist()}")
+            continue
+        found = found.cpu()
         if found.dtype != wanted.dtype or found.shape != wanted.shape or not torch.equal(found, wanted):
             differences.append(
                 f"{name} is {found.dtype} {found.tolist()}, expected {wanted.dtype} {wanted.tolist()}"
@@ -210,7 +259,12 @@ def metadata_differences(
 
 
 def check_prefill(
-    case: PrefillCase, *, implementation: str = "eager", builder: ChunkMetadataBuilder, device: torch.device
+    case: PrefillCase,
+    *,
+    implementation: str = "eager",
+    builder: ChunkMetadataBuilder,
+    device: torch.device,
+    check_reference: bool = False,
 ) -> Outcome:
     """Build the metadata of a case, run an implementation on it, and compare both with the reference.
 
@@ -219,9 +273,13 @@ def check_prefill(
         implementation: a name in `ascend_twin.optimized.gdn.IMPLEMENTATIONS`.
         builder: builds the metadata; large enough for the case.
         device: where the builder puts them and the op runs.
+        check_reference: whether to compare the chunked reference with the truth as well. Default: False.
     """
     inputs = case.inputs()
     metadata = builder.build(inputs.cu_seqlens)
+    differences = metadata_differences(metadata, case.bounds, builder.block_sizes)
+    if differences:  # the op would read and write wherever they point
+        return Outcome(case, [], differences)
     there = inputs.to(device)
     o, state = optimized_chunk_gated_delta_rule(
         *there[:5],
@@ -231,10 +289,12 @@ def check_prefill(
         prebuilt_meta=metadata,
         implementation=implementation,
     )
+    truth = truth_of(case, inputs)
     return Outcome(
         case,
-        compare_prefill(case, inputs, o, state),
-        metadata_differences(metadata, case.bounds, builder.block_sizes),
+        compare_prefill(case, inputs, o, state, truth),
+        differences,
+        compare_reference(case, inputs, truth) if check_reference else (),
     )
 
 
@@ -253,22 +313,28 @@ def minimize(case: PrefillCase, fails: Callable[[PrefillCase], bool]) -> Prefill
 def _simpler(case: PrefillCase) -> list[PrefillCase]:
     """Cases one step simpler than `case`, the boldest first."""
     lens, N = case.seq_lens, len(case.seq_lens)
-    variants = (
-        [replace(case, seq_lens=lens[: N // 2]), replace(case, seq_lens=lens[N // 2 :])] if N > 1 else []
-    )
-    variants += [replace(case, seq_lens=lens[:n] + lens[n + 1 :]) for n in range(N) if N > 1]
-    for n, length in enumerate(lens):
-        for shorter in sorted(
-            {0, 1, length // 2, 64 * ((length - 1) // 64), length - 1} & set(range(length))
-        ):
-            variants.append(replace(case, seq_lens=(*lens[:n], shorter, *lens[n + 1 :])))
+
+    def only(*parts: slice) -> PrefillCase:
+        state = case.initial_state
+        if isinstance(state, tuple):
+            state = tuple(x for part in parts for x in state[part])
+        return replace(case, seq_lens=tuple(x for part in parts for x in lens[part]), initial_state=state)
+
+    # What makes a case cheap comes first: each step down is then tried on a cheap case.
+    variants = [only(slice(N // 2)), only(slice(N // 2, N))] if N > 1 else []
     plain: dict[str, Any] = {
-        "HV": case.H, "H": 1, "K": 16, "V": 16, "padding": 0, "initial_state": False,
+        "HV": case.H, "H": 1, "keys": "random", "K": 16, "V": 16, "padding": 0, "initial_state": False,
         "gates": "none", "betas": "one", "use_qk_l2norm_in_kernel": False,
     }  # fmt: skip
     variants += [
         replace(case, **{name: value}) for name, value in plain.items() if getattr(case, name) != value
     ]
+    variants += [only(slice(n), slice(n + 1, N)) for n in range(N) if N > 1]
+    for n, length in enumerate(lens):
+        for shorter in sorted(
+            {0, 1, length // 2, 64 * ((length - 1) // 64), length - 1} & set(range(length))
+        ):
+            variants.append(replace(case, seq_lens=(*lens[:n], shorter, *lens[n + 1 :])))
     return [c for c in variants if c.HV % c.H == 0]
 
 

@@ -75,15 +75,29 @@ def compare_o(
 
 
 def compare_state(
-    actual: torch.Tensor | None, truth: torch.Tensor, *, dtype: torch.dtype, limit: Errors
+    actual: torch.Tensor | None,
+    truth: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    limit: Errors,
+    operands: torch.dtype | None = None,
 ) -> Comparison:
-    """Compare final states `[N, HV, K, V]`; `dtype` is what the state is expected to be."""
+    """Compare final states with the truth.
+
+    Args:
+        actual: `[N, HV, K, V]`, expected to be of `dtype`; None is a difference.
+        truth: `[N, HV, K, V]` float64.
+        dtype: of the state.
+        limit: see `tolerances.limit`.
+        operands: dtype of q, k and v: where a truth is smaller than they can express, errors are measured
+            absolutely. Default: dtype.
+    """
     problem = "is None" if actual is None else _difference_in_kind(actual, truth, dtype)
     if actual is None or problem:
         return Comparison("final_state", Errors(float("nan"), float("nan")), limit, problem=problem)
     by_row = (0, 2, 1, 3)  # [N, K, HV, V]: rows before heads, as in o
     parts = (list(x.double().cpu().permute(by_row)) for x in (actual, truth))
-    return _compare_parts("final_state", *parts, dtype, limit)
+    return _compare_parts("final_state", *parts, operands or dtype, limit)
 
 
 def _difference_in_kind(actual: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> str:
@@ -96,7 +110,8 @@ def _difference_in_kind(actual: torch.Tensor, truth: torch.Tensor, dtype: torch.
             return f"{what} is {found}, expected {wanted}"
     for what, found in (("NaN", actual.isnan()), ("Inf", actual.isinf())):
         if found.any():
-            return f"{what} in {int(found.sum())} of {found.numel()} values, first at {found.nonzero()[0].tolist()}"
+            first = found.nonzero()[0].tolist()
+            return f"{what} in {int(found.sum())} of {found.numel()} values, first at {first}"
     return ""
 
 
@@ -104,7 +119,8 @@ def _compare_parts(
     name: str, actual: list[torch.Tensor], truth: list[torch.Tensor], dtype: torch.dtype, limit: Errors
 ) -> Comparison:
     """Compare sequence by sequence: each part is `[rows, heads, D]` float64."""
-    ratio, worst_row, place = 0.0, 0.0, (None, None, None)
+    ratio, worst_row = 0.0, 0.0
+    place: tuple[int | None, int | None, int | None] = (None, None, None)
     for n, (a, t) in enumerate(zip(actual, truth, strict=True)):
         if not t.numel():
             continue

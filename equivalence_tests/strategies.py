@@ -22,7 +22,7 @@ def _around(*block_sizes: int) -> list[int]:
 def sequence_lengths(
     max_num_seqs: int = 5, max_length: int = 3 * CHUNK_SIZE + 2
 ) -> st.SearchStrategy[tuple[int, ...]]:
-    """Tokens of each sequence: empty ones anywhere, lengths around multiples of the chunk, any other length."""
+    """Tokens of each sequence: empty ones anywhere, lengths around multiples of the chunk, any other."""
     corners = [n for n in _around(16, CHUNK_SIZE, 2 * CHUNK_SIZE, 3 * CHUNK_SIZE) if n <= max_length]
     lengths = st.sampled_from(corners) | st.integers(0, max_length)
     return st.lists(lengths, max_size=max_num_seqs).map(tuple)

@@ -47,5 +47,10 @@ def limit(dtype: torch.dtype, reference: Errors | None = None) -> Errors:
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
-    """RMS below which a truth is measured absolutely: the smallest number that `dtype` holds in full."""
-    return torch.finfo(dtype).tiny
+    """RMS below which a truth is measured absolutely, as if it were that large.
+
+    That is the smallest normal number of `dtype`. Devices flush smaller ones to 0 where they compute in
+    float32: for float32 and bfloat16, a truth must be larger by the accuracy that is asked for.
+    """
+    tiny = torch.finfo(dtype).tiny
+    return tiny / FLOORS[dtype].ratio if dtype in (torch.float32, torch.bfloat16) else tiny

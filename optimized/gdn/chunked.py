@@ -130,8 +130,8 @@ def _build_on_the_spot(
     if "on the spot" not in _said:
         _said.add("on the spot")
         _logger.warning(
-            "chunk_gated_delta_rule was called without prebuilt_meta: chunk metadata are built inside the call, "
-            "which waits for the device. Build them once a step with ChunkMetadataBuilder. (Said once.)"
+            "chunk_gated_delta_rule was called without prebuilt_meta: chunk metadata are built inside the "
+            "call, which waits for the device. Build them once a step with ChunkMetadataBuilder. (Said once.)"
         )
     B, T = q.shape[:2]
     bounds = [b * T for b in range(B + 1)] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, T)

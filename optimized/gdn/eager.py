@@ -98,7 +98,7 @@ class _Workspace:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """The buffer `name`, of the same shape and dtype in every pass; its contents are what was left there."""
+        """The buffer `name`, of the same shape and dtype in every pass; it holds what was left there."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(shape, dtype=dtype, device=self._device)
         return self._buffers[name]
@@ -107,7 +107,7 @@ class _Workspace:
 class _Plan(NamedTuple):
     """The batch of chunks in the order of the steps; tensors are on the device and were computed there.
 
-    rows `[NT, BT]`: token of every row, in a tail the last token of the sequence. valid `[NT, 1, BT]`: whether
+    rows `[NT, BT]`: token of every row, in a tail the last token of its sequence. valid `[NT, 1, BT]`: where
     a row is no tail. place `[num_tokens]`: row of the flat batch that holds each token. by_length `[N]`: the
     sequences, most chunks first. steps: sequences that have a first chunk, a second chunk, and so on.
     """
@@ -140,7 +140,7 @@ def _plan_steps(metadata: ChunkMetadata) -> _Plan:
     lens = metadata.seq_lens_host
     num_tokens = int(lens.sum())
     target = torch.where(valid, rows, num_tokens).flatten()
-    place = torch.empty(num_tokens + 1, dtype=torch.int64, device=rows.device)
+    place = torch.zeros(num_tokens + 1, dtype=torch.int64, device=rows.device)
     place[target] = torch.arange(target.shape[0], device=rows.device)
 
     counts = np.sort(-(-lens // CHUNK_SIZE))
@@ -252,7 +252,7 @@ def _pairwise_decay(g: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
 def _inverse_of_unit_lower(A: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """(I + A)^-1 for the part of A `[batch, BT, BT]` below the diagonal; the rest of A is not read.
 
-    Forward substitution in blocks: a row of blocks is minus its diagonal inverse times A times the rows above.
+    Forward substitution by blocks: a row of blocks is -(its diagonal inverse) (its A) (the rows above it).
     """
     size = _SOLVE_BLOCK
 

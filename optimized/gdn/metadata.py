@@ -33,8 +33,8 @@ class ChunkMetadata:
         num_decodes: leading sequences that decode one token.
         seq_lens_host: `[N]` int64 numpy array on the host, tokens of each sequence.
 
-    Source: field names as read by vllm-ascend's wrappers, version 0.18.0 (vllm_ascend/ops/triton/fla/chunk.py)
-        and later (vllm_ascend/ops/gdn_attn_builder.py), so that this object can be their `prebuilt_meta`.
+    Source: field names as read by vllm-ascend's wrappers, version 0.18.0 (ops/triton/fla/chunk.py) and later
+        (ops/gdn_attn_builder.py), so that this object can be their `prebuilt_meta`.
     """
 
     cu_seqlens: torch.Tensor
@@ -67,7 +67,7 @@ class ChunkMetadata:
 
     @cached_property
     def chunk_indices_chunk64_host(self) -> tuple[int, ...]:
-        """Flat (sequence, chunk) pairs, numbered by `cu_seqlens_kern` (by `cu_seqlens_host` where it is None).
+        """Flat (sequence, chunk) pairs, numbered by `cu_seqlens_kern` (`cu_seqlens_host` where it is None).
 
         Those wrappers hand the pair (these indices, these bounds) to one operator, so both leave the empty
         sequences out; the tables on the device keep them.
@@ -153,15 +153,15 @@ class ChunkMetadataBuilder:
         """
         lens = _sequence_lengths(query_start_loc_cpu, spec_sequence_masks_cpu, num_actual_seqs)
         N = len(lens)
-        if N > self.max_num_seqs:
+        if self.max_num_seqs < N:
             raise CapacityError(f"number of sequences is {N}; allowed: max_num_seqs = {self.max_num_seqs}")
         if not 0 <= num_decodes <= N:
             invalid_argument("num_decodes", num_decodes, f"0 to {N}, the number of sequences that enter")
 
         # Tokens, then blocks of each size, of each sequence; a token is a block of size 1.
         counts = np.zeros((4, N + 1), dtype=np.int64)
-        np.floor_divide(lens + self._block_sizes_less_one, self._block_sizes, out=counts[:, :N])
-        ends = counts.cumsum(axis=1)
+        counts[:, :N] = (lens + self._block_sizes_less_one) // self._block_sizes
+        ends = np.add.accumulate(counts, axis=1)
         num_tokens, *totals = ends[:, N].tolist()
         if num_tokens > self.max_num_batched_tokens:
             raise CapacityError(
@@ -170,7 +170,7 @@ class ChunkMetadataBuilder:
             )
         # One more column pads each table to an even number of pairs, so that the next one is aligned.
         odd = [total & 1 for total in totals]
-        counts[1:, N] = odd
+        counts[1, N], counts[2, N], counts[3, N] = odd
         num_pairs = sum(totals) + sum(odd)
         vector = _aligned(N + 1)
         tables = 4 * vector
@@ -182,35 +182,30 @@ class ChunkMetadataBuilder:
             vectors = out[:tables].reshape(4, vector)
             vectors[:, 0] = 0
             vectors[:2, 1 : N + 1] = ends[:2, :N]
-            np.add(vectors[1, : N + 1], self._counting[: N + 1], out=vectors[2, : N + 1])
-            np.add(vectors[1, 1 : N + 1], self._counting[:N], out=vectors[3, :N])
-            # A pair of int32 is one int64: the sequence, and 2**32 times (row of the table - first row).
+            vectors[2, : N + 1] = vectors[1, : N + 1] + self._counting[: N + 1]
+            vectors[3, :N] = vectors[1, 1 : N + 1] + self._counting[:N]
+            # A pair of int32 is one int64 (of a little-endian host, as all we run on are): the sequence, and
+            # 2**32 times the row of the table less the first row of the sequence.
             repeats = counts[1:].ravel()
-            first_rows = repeats.cumsum() - repeats
+            first_rows = np.add.accumulate(repeats) - repeats
             base = self._sequences[:, : N + 1].ravel() - (first_rows << 32)
-            np.add(base.repeat(repeats), self._rows[:num_pairs], out=out[tables:keep].view(np.int64))
+            out[tables:keep].view(np.int64)[:] = base.repeat(repeats) + self._rows[:num_pairs]
             if has_empty:
                 out[keep:].view(np.bool_)[:N] = lens > 0
 
         lease = self.ring.stage(size, fill)
-        rest = vector - N - 1
-        cu_seqlens, _, offsets, _, update_offsets, _, final_indices, _, pairs, mask = (
-            lease.buffer.split_with_sizes(
-                (N + 1, rest, N + 1, rest, N + 1, rest, N, rest + 1, 2 * num_pairs, size - keep)
-            )
-        )
-        indices64, _, large_block, _, cumsum, _ = pairs.view(-1, 2).split_with_sizes(
-            (totals[0], odd[0], totals[1], odd[1], totals[2], odd[2])
-        )
+        buffer = lease.buffer
+        cu_seqlens, offsets, update_offsets = buffer.as_strided((3, N + 1), (vector, 1), 0).unbind()
+        second, third = tables + 2 * (totals[0] + odd[0]), keep - 2 * (totals[2] + odd[2])
         return ChunkMetadata(
             cu_seqlens=cu_seqlens,
             chunk_offsets_chunk64=offsets,
             update_chunk_offsets_chunk64=update_offsets,
-            final_chunk_indices_chunk64=final_indices,
-            chunk_indices_chunk64=indices64,
-            chunk_indices_large_block=large_block,
-            block_indices_cumsum=cumsum,
-            keep_meta=mask.view(torch.bool)[:N] if has_empty else None,
+            final_chunk_indices_chunk64=buffer.as_strided((N,), (1,), 3 * vector),
+            chunk_indices_chunk64=buffer.as_strided((totals[0], 2), (2, 1), tables),
+            chunk_indices_large_block=buffer.as_strided((totals[1], 2), (2, 1), second),
+            block_indices_cumsum=buffer.as_strided((totals[2], 2), (2, 1), third),
+            keep_meta=buffer[keep:].view(torch.bool)[:N] if has_empty else None,
             num_decodes=num_decodes,
             seq_lens_host=lens,
             _lease=lease,
@@ -233,7 +228,7 @@ def _sequence_lengths(
     """Tokens of each sequence that enters `[N]` int64, all arguments checked."""
     if (
         not isinstance(query_start_loc, torch.Tensor)
-        or query_start_loc.device.type != "cpu"
+        or not query_start_loc.is_cpu
         or query_start_loc.dtype not in (torch.int32, torch.int64)
         or query_start_loc.ndim != 1
         or query_start_loc.numel() < 1
@@ -255,7 +250,8 @@ def _sequence_lengths(
     if np.count_nonzero(falls):
         i = int(falls.argmax()) + 1
         invalid_argument(f"query_start_loc_cpu[{i}]", bounds[i], f">= {bounds[i - 1]}, the value before it")
-    lens = np.subtract(bounds[1:], bounds[:-1], dtype=np.int64)
+    bounds = bounds.astype(np.int64)
+    lens = bounds[1:] - bounds[:-1]
     if spec_masks is None:
         return lens
     if (

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import invalid_argument
-from .inputs import FLOAT_DTYPES, STATE_DTYPES, check_shape, check_tensor
+from .inputs import FLOAT_DTYPES, STATE_DTYPES, check_device, check_layout, check_shape, check_tensor
 from .recurrent import recurrent_gated_delta_rule
 
 
@@ -37,7 +37,7 @@ def rank_contribution(
 ) -> Contribution:
     """What one rank's tokens contribute, computed by the definition in float64.
 
-    Phi is the product of exp(g_t) (I - beta_t k_t k_t^T), the recurrence started from the identity with v = 0.
+    Phi is the product of exp(g_t) (I - beta_t k_t k_t^T): the recurrence from the identity, with v = 0.
 
     Args:
         k: keys `[B, T, H, K]`.
@@ -92,10 +92,16 @@ def combine(first: Contribution, then: Contribution) -> Contribution:
         The contribution of both together.
 
     Raises:
-        InvalidArgumentError: when the shapes differ.
+        InvalidArgumentError: when shapes, dtypes or devices differ.
     """
-    for name in Contribution._fields:
-        check_shape(f"then.{name}", getattr(then, name), getattr(first, name).shape, "shape of first")
+    check_layout(
+        **{
+            "first.Phi": (first.Phi, "N HV K K"),
+            "first.p": (first.p, "N HV K V"),
+            "then.Phi": (then.Phi, "N HV K K"),
+            "then.p": (then.p, "N HV K V"),
+        }
+    )
     return Contribution(then.Phi @ first.Phi, then.Phi @ first.p + then.p)
 
 
@@ -117,8 +123,12 @@ def fold_ranks(contributions: Sequence[Contribution], initial_state: torch.Tenso
     check_tensor("initial_state", initial_state, 4, STATE_DTYPES)
     N, HV, K, V = initial_state.shape
     for r, contribution in enumerate(contributions):
-        check_shape(f"contributions[{r}].Phi", contribution.Phi, (N, HV, K, K), "[N, HV, K, K]")
-        check_shape(f"contributions[{r}].p", contribution.p, (N, HV, K, V), "[N, HV, K, V]")
+        Phi, p = f"contributions[{r}].Phi", f"contributions[{r}].p"
+        check_layout(**{Phi: (contribution.Phi, "N HV K K"), p: (contribution.p, "N HV K V")})
+        check_tensor(Phi, contribution.Phi, 4, (torch.float64,))
+        check_shape(Phi, contribution.Phi, (N, HV, K, K), "[N, HV, K, K]")
+        check_shape(p, contribution.p, (N, HV, K, V), "[N, HV, K, V]")
+        check_device(Phi, contribution.Phi, initial_state.device)
     states = [initial_state.to(torch.float64)]
     for Phi, p in contributions:
         states.append(Phi @ states[-1] + p)

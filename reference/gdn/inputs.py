@@ -48,7 +48,35 @@ def check_shape(name: str, x: torch.Tensor, shape: Sequence[int], letters: str) 
 def check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
     """Raise unless `x` is on `device`."""
     if x.device != device:
-        invalid_argument(f"{name}.device", x.device, f"{device}, where q is")
+        invalid_argument(f"{name}.device", x.device, f"{device}, as the other tensors")
+
+
+def check_layout(**layouts: tuple[torch.Tensor, str]) -> dict[str, int]:
+    """Check tensors that belong together: `check_layout(k=(k, "NT HV BT K"), g=(g, "NT HV BT"))`.
+
+    Each is a floating tensor with the letters of its layout as dimensions, the same letter is the same size
+    everywhere, and all are of the dtype and on the device of the first.
+
+    Returns:
+        The size of each letter.
+
+    Raises:
+        InvalidArgumentError: naming the first tensor that does not fit.
+    """
+    sizes: dict[str, int] = {}
+    first = None
+    for name, (x, letters) in layouts.items():
+        dims = letters.split()
+        check_tensor(name, x, len(dims), FLOAT_DTYPES if first is None else (first.dtype,))
+        first = x if first is None else first
+        for letter, size in zip(dims, x.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                layout = ", ".join(dims)
+                invalid_argument(
+                    f"{name}.shape", tuple(x.shape), f"[{layout}] with {letter} = {sizes[letter]}"
+                )
+        check_device(name, x, first.device)
+    return sizes
 
 
 def check_gdn_shapes(

@@ -193,7 +193,7 @@ def _step(
     state: torch.Tensor,
     o: torch.Tensor,
 ) -> None:
-    """One token of every value head: q, k `[HV, K]`, v, o `[HV, V]`, state `[HV, K, V]`; writes state and o."""
+    """One token of every value head: q, k `[HV, K]`, v `[HV, V]`; writes state `[HV, K, V]`, o `[HV, V]`."""
     state.mul_(g.exp()[:, None, None])
     delta = beta[:, None] * (v - torch.einsum("hk,hkv->hv", k, state))
     state.addcmul_(k[:, :, None], delta[:, None, :])

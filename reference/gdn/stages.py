@@ -5,8 +5,11 @@ All stages work on *chunks*: `to_chunks` cuts the packed tokens of every sequenc
 nothing to a state and reads nothing from one, so no stage needs a mask for tails.
 
 Every stage takes the log decay `g` of the definition, not its cumulative sum: the decay from token j to
-token i is summed over (j, i] alone (`segment_sum`), which stays exact where a difference of two cumulative
+token i is summed over (j, i] alone (`pairwise_decay`), which stays exact where a difference of two cumulative
 sums cancels, and defined where g is -inf.
+
+Every stage raises InvalidArgumentError for tensors whose shapes, dtypes or devices do not fit each other, and
+for a compute_dtype that is none of the four below.
 
 `compute_dtype` says in which precision a stage runs. float64 and float32 compute and accumulate in
 themselves. bfloat16 and float16 model a matrix unit: operands of a product and the tensors that a kernel
@@ -16,12 +19,27 @@ would store between stages are rounded to that dtype, sums, decays and the state
 import torch
 
 from ..errors import invalid_argument
-from .inputs import check_chunk_size, check_cu_seqlens
+from .inputs import (
+    FLOAT_DTYPES,
+    STATE_DTYPES,
+    check_choice,
+    check_chunk_size,
+    check_cu_seqlens,
+    check_eps,
+    check_layout,
+    check_shape,
+    check_tensor,
+)
 from .metadata import chunk_indices
 
 
 def accumulation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums and states are kept in: float64 for float64, else float32."""
+    """The dtype that sums and states are kept in: float64 for float64, else float32.
+
+    Raises:
+        InvalidArgumentError: for a dtype other than float64, float32, float16, bfloat16.
+    """
+    check_choice("compute_dtype", compute_dtype, FLOAT_DTYPES)
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
@@ -35,24 +53,22 @@ def matmul(a: torch.Tensor, b: torch.Tensor, compute_dtype: torch.dtype) -> torc
     return round_to(a, compute_dtype) @ round_to(b, compute_dtype)
 
 
-def segment_sum(g: torch.Tensor) -> torch.Tensor:
-    """Log decay between every two tokens of a chunk.
+def pairwise_decay(g: torch.Tensor) -> torch.Tensor:
+    """Decay between every two tokens of a chunk.
 
-    out[..., i, j] = sum of g over (j, i] for i >= j, and -inf for i < j (masked before any exponential).
+    D_ij = exp(sum of g over (j, i]) for i >= j, else 0.
 
     Args:
         g: log decay `[..., BT]`.
 
     Returns:
-        `[..., BT, BT]` in the dtype of g.
+        D `[..., BT, BT]` in the dtype of g.
 
     Source: the segment sum of Dao and Gu, "Transformers are SSMs", 2024, listing 1.
     """
     BT = g.shape[-1]
-    causal = torch.ones(BT, BT, dtype=torch.bool, device=g.device).tril()
-    after_j = causal.tril(-1)
-    pairs = torch.where(after_j, g[..., :, None], 0.0).cumsum(dim=-2)
-    return pairs.masked_fill(~causal, float("-inf"))
+    after_j = torch.ones(BT, BT, dtype=torch.bool, device=g.device).tril(-1)
+    return torch.where(after_j, g[..., :, None], 0.0).cumsum(dim=-2).exp_().tril_()
 
 
 def to_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], chunk_size: int) -> torch.Tensor:
@@ -69,9 +85,11 @@ def to_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], chunk_size:
     Raises:
         InvalidArgumentError: for cu_seqlens or chunk_size out of their domain.
     """
-    rows = _chunk_rows(cu_seqlens, chunk_size, x.shape[0], x.device)
-    padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    return padded[rows].transpose(1, 2).contiguous()
+    T, heads = x.shape[:2]
+    rows = _chunk_rows(cu_seqlens, chunk_size, heads, T, x.device)
+    chunks = x.flatten(0, 1).index_select(0, rows.flatten().clamp(max=T * heads - 1)).unflatten(0, rows.shape)
+    chunks[rows >= T * heads] = 0
+    return chunks
 
 
 def from_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], num_tokens: int) -> torch.Tensor:
@@ -89,18 +107,18 @@ def from_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], num_token
         InvalidArgumentError: for cu_seqlens out of its domain, or a number of chunks that does not fit it.
     """
     NT, heads, BT, D = x.shape
-    rows = _chunk_rows(cu_seqlens, BT, num_tokens, x.device)
+    rows = _chunk_rows(cu_seqlens, BT, heads, num_tokens, x.device)
     if len(rows) != NT:
         invalid_argument("x.shape[0]", NT, f"{len(rows)}, the number of chunks of cu_seqlens")
-    out = x.new_zeros(num_tokens + 1, heads, D)
-    out[rows] = x.transpose(1, 2)
-    return out[:num_tokens]
+    out = x.new_zeros((num_tokens + 1) * heads, D)
+    out.index_copy_(0, rows.flatten(), x.reshape(NT * heads * BT, D))
+    return out.view(num_tokens + 1, heads, D)[:num_tokens]
 
 
 def _chunk_rows(
-    cu_seqlens: torch.Tensor | list[int], chunk_size: int, num_tokens: int, device: torch.device
+    cu_seqlens: torch.Tensor | list[int], chunk_size: int, heads: int, num_tokens: int, device: torch.device
 ) -> torch.Tensor:
-    """Token of every row of every chunk `[NT, BT]` int64; `num_tokens` in the tails."""
+    """Rows `[NT, heads, BT]` int64 of a tensor `[T * heads, ..]`; in the tails those of a token T."""
     check_chunk_size(chunk_size)
     bounds = check_cu_seqlens(cu_seqlens, num_tokens)
     rows = torch.full((len(chunk_indices(bounds, chunk_size)), chunk_size), num_tokens, dtype=torch.int64)
@@ -108,7 +126,7 @@ def _chunk_rows(
         start = bounds[n] + i * chunk_size
         length = min(chunk_size, bounds[n + 1] - start)
         row[:length] = torch.arange(start, start + length)
-    return rows.to(device)
+    return (rows[:, None] * heads + torch.arange(heads)[:, None]).to(device)
 
 
 def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
@@ -123,7 +141,9 @@ def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
 
     Source: fla-core 0.6.0, fla/modules/l2norm.py (eps inside the root).
     """
-    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + eps)
+    check_eps(eps)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.rsqrt(length.square() + eps)
 
 
 def chunk_local_cumsum(g: torch.Tensor) -> torch.Tensor:
@@ -135,6 +155,7 @@ def chunk_local_cumsum(g: torch.Tensor) -> torch.Tensor:
     Returns:
         `[NT, HV, BT]`, the inclusive cumulative sum over BT.
     """
+    check_layout(g=(g, "NT HV BT"))
     return g.cumsum(dim=-1)
 
 
@@ -154,8 +175,9 @@ def chunk_scaled_dot_kkt(
     Returns:
         A `[NT, HV, BT, BT]`, strictly lower triangular, in the accumulation dtype.
     """
-    decay = segment_sum(g).exp().tril(-1)
-    return beta[..., None] * decay * matmul(k, k.mT, compute_dtype)
+    check_layout(k=(k, "NT HV BT K"), g=(g, "NT HV BT"), beta=(beta, "NT HV BT"))
+    A = matmul(k, k.mT, compute_dtype).mul_(pairwise_decay(g)).mul_(beta[..., None])
+    return A.tril_(-1)
 
 
 def solve_tril(A: torch.Tensor, *, compute_dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -168,6 +190,7 @@ def solve_tril(A: torch.Tensor, *, compute_dtype: torch.dtype = torch.float64) -
     Returns:
         Ai `[NT, HV, BT, BT]`, lower triangular with ones on its diagonal.
     """
+    check_layout(A=(A, "NT HV BT BT"))
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     Ai = torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
     return round_to(Ai, compute_dtype)
@@ -200,6 +223,13 @@ def recompute_w_u(
 
     Source: the WY form of Yang et al., "Parallelizing Linear Transformers with the Delta Rule", 2024.
     """
+    check_layout(
+        k=(k, "NT HV BT K"),
+        v=(v, "NT HV BT V"),
+        g=(g, "NT HV BT"),
+        beta=(beta, "NT HV BT"),
+        Ai=(Ai, "NT HV BT BT"),
+    )
     decay = chunk_local_cumsum(g).exp()
     w = matmul(Ai, (beta * decay)[..., None] * k, compute_dtype)
     u = matmul(Ai, beta[..., None] * v, compute_dtype)
@@ -230,9 +260,11 @@ def chunk_delta_h(
         compute_dtype: precision of the stage. Default: float64.
 
     Returns:
-        h `[NT, HV, K, V]`, the state each chunk starts from; v_new `[NT, HV, BT, V]`, the values with what the
-        state already held taken off; final_state `[N, HV, K, V]` in the accumulation dtype.
+        h `[NT, HV, K, V]`, the state each chunk starts from; v_new `[NT, HV, BT, V]`, the values less what
+        the state already held; final_state `[N, HV, K, V]` in the accumulation dtype.
     """
+    sizes = check_layout(k=(k, "NT HV BT K"), w=(w, "NT HV BT K"), u=(u, "NT HV BT V"), g=(g, "NT HV BT"))
+    _check_carry(chunk_offsets, initial_state, sizes)
     h = k.new_empty(*k.shape[:2], k.shape[-1], u.shape[-1])
     v_new = torch.empty_like(u)
     final_state = initial_state.to(accumulation_dtype(compute_dtype), copy=True)
@@ -246,6 +278,15 @@ def chunk_delta_h(
             update = matmul(k[c].mT, to_end[c] * v_new[c], compute_dtype)
             state.mul_(whole[c]).add_(update)
     return h, v_new, final_state
+
+
+def _check_carry(chunk_offsets: list[int], initial_state: torch.Tensor, sizes: dict[str, int]) -> None:
+    N = len(chunk_offsets) - 1
+    check_tensor("initial_state", initial_state, 4, STATE_DTYPES)
+    shape = (N, *(sizes[letter] for letter in ("HV", "K", "V")))
+    check_shape("initial_state", initial_state, shape, "[N, HV, K, V] with N = len(chunk_offsets) - 1")
+    if check_cu_seqlens(chunk_offsets)[-1] != sizes["NT"]:
+        invalid_argument("chunk_offsets[-1]", chunk_offsets[-1], f"NT = {sizes['NT']}")
 
 
 def chunk_fwd_o(
@@ -274,6 +315,14 @@ def chunk_fwd_o(
     Returns:
         o `[NT, HV, BT, V]`.
     """
-    from_state = chunk_local_cumsum(g).exp()[..., None] * matmul(q, h, compute_dtype)
-    from_chunk = matmul(segment_sum(g).exp() * matmul(q, k.mT, compute_dtype), v_new, compute_dtype)
-    return round_to(scale * (from_state + from_chunk), compute_dtype)
+    check_layout(
+        q=(q, "NT HV BT K"),
+        k=(k, "NT HV BT K"),
+        v_new=(v_new, "NT HV BT V"),
+        h=(h, "NT HV K V"),
+        g=(g, "NT HV BT"),
+    )
+    from_state = matmul(q, h, compute_dtype).mul_(chunk_local_cumsum(g).exp()[..., None])
+    attention = matmul(q, k.mT, compute_dtype).mul_(pairwise_decay(g))
+    from_chunk = matmul(attention, v_new, compute_dtype)
+    return round_to(from_state.add_(from_chunk).mul_(scale), compute_dtype)

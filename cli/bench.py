@@ -1,0 +1,325 @@
+"""`ascend-twin bench`: speed as ratios against a peer, measured side by side in one process.
+
+Contenders take turns. A turn is as many calls as fill `TURN_SECONDS` (at least one), its time the median
+call: each runs as warm as in a loop of its own. A ratio is taken between turns that follow one another, and
+its median and quartiles over all rounds are reported.
+
+The file written by `--json` holds {"version": 1, "versions", "threads", "rounds", "results": [...]} with the
+fields of `Result` in each result.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..equivalence_tests.run_on_device import versions
+from ..optimized.gdn import ChunkMetadataBuilder, open_device
+from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
+from ..reference.errors import UnavailableError, invalid_argument
+from ..reference.gdn import chunk_gated_delta_rule, metadata
+from .peers import load_transformers_chunk_gated_delta_rule, load_vllm_ascend_builder
+
+TURN_SECONDS = 0.25
+SEED = 0
+
+# Qwen3-Next: query/key heads, value heads, head dim.
+H, HV, D = 16, 32, 128
+
+Call = Callable[[], object]
+Calls = tuple[tuple[str, Call], tuple[str, Call]]  # ours and the peer's, with their names
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison.
+
+    Attributes:
+        ours, peer: what was called, and ours_ms, peer_ms: milliseconds a call (medians).
+        ratio: the peer's time over ours: lower quartile, median, upper quartile.
+        skipped: why nothing was measured, or "".
+    """
+
+    name: str
+    ours: str = ""
+    ours_ms: float = 0.0
+    peer: str = ""
+    peer_ms: float = 0.0
+    ratio: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    note: str = ""
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Two calls that do the same work; `start` makes them, and raises UnavailableError without the peer."""
+
+    name: str
+    start: Callable[[], Calls]
+    note: str = ""
+
+
+def run_bench(
+    only: Sequence[str],
+    rounds: int,
+    threads: int | None,
+    json_path: Path | None,
+    plot: Path | None,
+    require: bool,
+) -> None:
+    """Run the contests whose name contains one of `only` (all, if empty) and print the result.
+
+    Raises:
+        InvalidArgumentError: for a name that fits no contest, or a file that cannot be written.
+        UnavailableError: when a peer is missing and `require` is set; before anything is measured.
+    """
+    contests = [c for c in CONTESTS if not only or any(name in c.name for name in only)]
+    if not contests:
+        invalid_argument("--only", ", ".join(only), "part of one of: " + "; ".join(c.name for c in CONTESTS))
+    for path in (json_path, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            invalid_argument("output file", str(path), "a file in a folder that exists")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    results = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(contests) * rounds)
+        for contest in contests:
+            progress.update(task, description=contest.name)
+            results.append(_measure(contest, rounds, lambda: progress.advance(task), require))
+    _print(results)
+    if json_path is not None:
+        report = {
+            "version": 1,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "rounds": rounds,
+            "results": [asdict(r) for r in results],
+        }
+        json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if plot is not None:
+        _plot(results, plot)
+
+
+def _measure(contest: Contest, rounds: int, advance: Callable[[], None], require: bool) -> Result:
+    try:
+        calls = contest.start()
+    except UnavailableError as error:
+        if require:
+            raise
+        for _ in range(rounds):
+            advance()
+        return Result(contest.name, skipped=str(error))
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.inference_mode():
+        for _, call in calls:
+            call()
+        for _ in range(rounds):
+            for taken, (_, call) in zip(times, calls, strict=True):
+                taken.append(_turn(call))
+            advance()
+    ours, peers = (np.array(t) * 1e3 for t in times)
+    low, median, high = np.quantile(peers / ours, (0.25, 0.5, 0.75)).tolist()
+    (our_name, _), (peer_name, _) = calls
+    return Result(
+        contest.name,
+        our_name,
+        float(np.median(ours)),
+        peer_name,
+        float(np.median(peers)),
+        (low, median, high),
+        contest.note,
+    )
+
+
+def _turn(call: Call) -> float:
+    """Seconds that the median call of a turn takes."""
+    times: list[float] = []
+    while not times or sum(times) < TURN_SECONDS:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+# Contests
+
+
+def _seq_lens(num_seqs: int, num_tokens: int) -> list[int]:
+    """Random lengths >= 1 that add up to `num_tokens`."""
+    rng = np.random.default_rng(SEED)
+    cuts = np.sort(rng.choice(np.arange(1, num_tokens), num_seqs - 1, replace=False))
+    return np.diff([0, *cuts.tolist(), num_tokens]).tolist()
+
+
+def _query_start_loc(seq_lens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *np.cumsum(seq_lens).tolist()], dtype=torch.int32)
+
+
+def _builder(seq_lens: Sequence[int]) -> ChunkMetadataBuilder:
+    return ChunkMetadataBuilder(open_device("cpu"), sum(seq_lens), len(seq_lens), HV)
+
+
+def _metadata_contest(num_seqs: int, peer: str) -> Contest:
+    num_tokens = 32768
+
+    def start() -> Calls:
+        seq_lens = _seq_lens(num_seqs, num_tokens)
+        loc, builder = _query_start_loc(seq_lens), _builder(seq_lens)
+        ours = ("ChunkMetadataBuilder", lambda: builder.build(loc))
+        if peer == "vllm-ascend":
+            load = load_vllm_ascend_builder(
+                num_value_heads=HV, max_num_batched_tokens=num_tokens, max_num_seqs=num_seqs
+            )
+            return ours, ("vllm-ascend 0.18.0", lambda: load(loc))
+        chunk, large, cumsum = builder.block_sizes
+
+        def loops() -> None:
+            for block_size in (chunk, large, cumsum):
+                metadata.chunk_indices(loc, block_size)
+            for table in (
+                metadata.chunk_offsets,
+                metadata.update_chunk_offsets,
+                metadata.final_chunk_indices,
+            ):
+                table(loc, chunk)
+
+        return ours, ("reference loops", loops)
+
+    return Contest(
+        f"metadata, {num_seqs} x {num_tokens // num_seqs} tokens, against {peer}",
+        start,
+        "staging copy included: 1 copy a step, vllm-ascend 6" if peer == "vllm-ascend" else "",
+    )
+
+
+def _tensors(num_tokens: int, num_heads: int, num_value_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(SEED)
+    q, k = (torch.randn(1, num_tokens, num_heads, D, generator=rng).to(dtype) for _ in range(2))
+    v = torch.randn(1, num_tokens, num_value_heads, D, generator=rng).to(dtype)
+    g, beta = (torch.rand(1, num_tokens, num_value_heads, generator=rng) for _ in range(2))
+    return [q, k, v, -g, beta]
+
+
+def _start_reference() -> Calls:
+    inputs = _tensors(1024, H, H, torch.float32)
+    peer = load_transformers_chunk_gated_delta_rule()
+    options: dict[str, Any] = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    return (
+        (
+            "chunked reference, float32",
+            lambda: chunk_gated_delta_rule(*inputs, **options, compute_dtype=torch.float32),
+        ),
+        ("transformers", lambda: peer(*inputs, **options)),
+    )
+
+
+def _eager_contest(peer: str, num_heads: int, num_value_heads: int) -> Contest:
+    def start() -> Calls:
+        seq_lens = np.random.default_rng(SEED).integers(1, 513, 64).tolist()
+        inputs = _tensors(sum(seq_lens), num_heads, num_value_heads, torch.bfloat16)
+        loc = _query_start_loc(seq_lens)
+        builder = ChunkMetadataBuilder(open_device("cpu"), sum(seq_lens), len(seq_lens), num_value_heads)
+        options: dict[str, Any] = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        ours = (
+            "eager",
+            lambda: optimized_chunk_gated_delta_rule(*inputs, **options, prebuilt_meta=builder.build(loc)),
+        )
+        if peer == "chunked reference":
+            return ours, (
+                peer,
+                lambda: chunk_gated_delta_rule(
+                    *inputs, **options, cu_seqlens=loc, compute_dtype=torch.float32
+                ),
+            )
+        function = load_transformers_chunk_gated_delta_rule()
+        bounds = list(zip(loc.tolist(), loc.tolist()[1:], strict=False))
+
+        def to_value_heads() -> list[torch.Tensor]:
+            q, k, *rest = inputs
+            return [*(x.repeat_interleave(num_value_heads // num_heads, dim=2) for x in (q, k)), *rest]
+
+        def once_a_sequence() -> None:
+            tensors = to_value_heads()
+            for start, end in bounds:
+                function(*(x[:, start:end] for x in tensors), **options)
+
+        def padded() -> None:
+            tensors = (
+                torch.nn.utils.rnn.pad_sequence([x[0, start:end] for start, end in bounds], batch_first=True)
+                for x in to_value_heads()
+            )
+            function(*tensors, **options)
+
+        return ours, (peer, padded if peer.endswith("padded") else once_a_sequence)
+
+    return Contest(
+        f"eager, 64 sequences of 1 to 512 tokens, H {num_heads}, HV {num_value_heads}, against {peer}", start
+    )
+
+
+CONTESTS = (
+    *(
+        _metadata_contest(num_seqs, peer)
+        for num_seqs in (1, 64, 256)
+        for peer in ("reference loops", "vllm-ascend")
+    ),
+    Contest("chunked reference, 1 sequence of 1024 tokens, against transformers", _start_reference),
+    *(
+        _eager_contest(peer, num_heads, num_value_heads)
+        for peer, num_heads, num_value_heads in (
+            ("chunked reference", H, HV),
+            ("transformers, padded", H, HV),
+            ("transformers, once a sequence", H, HV),
+            ("transformers, once a sequence", 2, 4),
+        )
+    ),
+)
+
+
+# Output
+
+
+def _print(results: Sequence[Result]) -> None:
+    table = Table("benchmark", "ours", "peer", "times faster", "quartiles")
+    for r in results:
+        if r.skipped:
+            table.add_row(r.name, "-", "-", "-", f"not run: {r.skipped}")
+            continue
+        low, median, high = r.ratio
+        table.add_row(
+            r.name,
+            f"{r.ours_ms:.3g} ms",
+            f"{r.peer_ms:.3g} ms",
+            f"{median:.3g}",
+            f"{low:.3g} to {high:.3g}" + (f"; {r.note}" if r.note else ""),
+        )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    console.print(f"medians of interleaved turns, {torch.get_num_threads()} threads, CPU")
+
+
+def _plot(results: Sequence[Result], path: Path) -> None:
+    """Bars of how many times faster each is, with quartiles, written to `path`."""
+    from matplotlib.figure import Figure
+
+    measured = [r for r in results if not r.skipped][::-1]
+    figure = Figure(figsize=(9, 0.8 + 0.5 * len(measured)), layout="constrained")
+    axes = figure.add_subplot()
+    ratios = np.array([r.ratio for r in measured]).reshape(-1, 3)
+    errors = np.abs(ratios[:, [0, 2]] - ratios[:, [1]]).T
+    axes.barh([r.name for r in measured], ratios[:, 1], xerr=errors, color="#4c78a8", ecolor="#222222")
+    axes.bar_label(axes.containers[-1], fmt="%.3g", padding=4)  # pyright: ignore[reportArgumentType]
+    axes.axvline(1, color="#222222", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("times faster than the peer (log scale); bars: median, lines: quartiles")
+    figure.savefig(path)

@@ -1,0 +1,56 @@
+"""`ascend-twin doctor`: what can run on this machine, and what cannot, and why."""
+
+import json
+from typing import Any
+
+import typer
+
+from ..equivalence_tests.run_on_device import versions, why_unusable
+
+DEVICES = ("cpu", "cuda", "npu")
+
+
+def examine() -> dict[str, Any]:
+    """What is here.
+
+    Returns:
+        `{"versions": {name: version}, "devices": {name: reason}, "implementations": [{"name", "summary",
+        "devices": {name: reason}}]}`; a reason is why something cannot run there, None if it can. Without a
+        torch that works there are no implementations.
+    """
+    devices = {name: why_unusable(name) for name in DEVICES}
+    return {"versions": versions(), "devices": devices, "implementations": _implementations(devices)}
+
+
+def run_doctor(as_json: bool) -> None:
+    """Print what `examine` finds, for people or as JSON."""
+    found = examine()
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+
+
+def _implementations(devices: dict[str, str | None]) -> list[dict[str, Any]]:
+    if devices["cpu"] is not None:
+        return []
+    from ..optimized.gdn import IMPLEMENTATIONS
+
+    return [{"name": i.name, "summary": i.summary, "devices": devices} for i in IMPLEMENTATIONS.values()]
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = ["Versions"]
+    lines += [f"  {name:<14} {version}" for name, version in found["versions"].items()]
+    lines += ["", "Devices"]
+    lines += [f"  {name:<14} {_verdict(reason)}" for name, reason in found["devices"].items()]
+    lines += ["", "Implementations (no implementation uses Triton yet)"]
+    for implementation in found["implementations"]:
+        lines.append(f"  {implementation['name']:<14} {implementation['summary']}")
+        for device, reason in implementation["devices"].items():
+            command = f"ascend-twin verify --implementation {implementation['name']} --device {device}"
+            lines.append(f"    {device:<12} {_verdict(reason)}{'' if reason else ': ' + command}")
+    if not found["implementations"]:
+        lines.append("  none can run: torch does not work here")
+    return lines
+
+
+def _verdict(reason: str | None) -> str:
+    return "can run" if reason is None else f"cannot run: {reason}"

@@ -1,0 +1,190 @@
+"""The command `ascend-twin`: what the user types. The work of a command is imported when it runs."""
+
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..reference.errors import AscendTwinError
+
+_WORKLOAD, _OP, _OUTPUT = "Workload", "Op", "Output"
+
+
+class _Commands(TyperGroup):
+    """Commands that turn an error of the package into one line on stderr and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AscendTwinError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ascend-twin {metadata.version('ascend-twin')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Gated delta rule prefill for Ascend NPUs: a plain version that says what is right, the optimized one
+    that runs in production, and the proof that they agree.
+
+    \b
+    ascend-twin doctor    what can run on this machine, and what cannot, and why
+    ascend-twin verify    do the two agree? No file and no accelerator needed
+    ascend-twin bench     how fast is ours, against the implementations of others
+    """
+
+
+@app.command(short_help="Do the optimized path and the reference agree?")
+def verify(
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Request trace in JSON Lines (fields timestamp, input_length, output_length, hash_ids). "
+            "Default: a seeded generator with the lengths of a conversation service.",
+        ),
+    ] = None,
+    profile: Annotated[
+        str,
+        typer.Option(
+            envvar="HYPOTHESIS_PROFILE",
+            help="How much: dev (10 steps of the workload, seed 0), ci (30, seed 0), "
+            "nightly (300, a fresh seed, which is printed).",
+        ),
+    ] = "dev",
+    cases: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the workload to check. Default: by --profile.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of the choice of steps and of all values. Default: by --profile."),
+    ] = None,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step, at most.")] = 1024,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences of a step, at most.")] = 16,
+    implementation: Annotated[str, typer.Option(help="Which optimized path; `doctor` lists them.")] = "eager",
+    device: Annotated[
+        str, typer.Option(help="Where it runs: cpu, cuda, npu, or cuda:INDEX, npu:INDEX.")
+    ] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Of q, k, v and beta: bfloat16, float16, float32, float64.")
+    ] = "bfloat16",
+    num_heads: Annotated[int, typer.Option(min=1, help="Query/key heads H.")] = 16,
+    num_value_heads: Annotated[int, typer.Option(min=1, help="Value heads HV, a multiple of H.")] = 32,
+    head_dim_k: Annotated[int, typer.Option(min=1, help="Dim K of a query/key head.")] = 128,
+    head_dim_v: Annotated[int, typer.Option(min=1, help="Dim V of a value head.")] = 128,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the result there (cli/verify.py: the fields)."),
+    ] = None,
+) -> None:
+    """Do the optimized path and the reference agree on prefill batches of a real workload?
+
+    The batches are steps that a chunked-prefill scheduler forms from the arrivals and lengths of the
+    workload, and a few fixed corner batches. Each is computed by the definition (token by token, in float64)
+    and must be met by the prebuilt metadata (exactly), by the chunked reference and by the implementation
+    (within the limits of equivalence_tests/tolerances.py). The default shape is that of Qwen3-Next.
+
+    \b
+    ascend-twin verify
+    ascend-twin verify --trace conversation.jsonl --cases 100 --json result.json
+    ascend-twin verify --device npu --max-num-batched-tokens 8192 --max-num-seqs 64
+    ascend-twin verify --num-heads 4 --num-value-heads 8      # a rank of Qwen3-Next at TP 4
+
+    Exit status: 0 they agree; 1 they differ, and the smallest failing batch is printed as code that
+    reproduces it; 2 the input is wrong or the device is not there, said in one line.
+    """
+    # Before torch is imported. Its OpenMP threads otherwise spin while they wait, and where other processes
+    # want the cores, the many small steps of the definition then take up to a hundred times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from .verify import Options, run_verify
+
+    options = Options(
+        trace=trace,
+        profile=profile,
+        cases=cases,
+        seed=seed,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        implementation=implementation,
+        device=device,
+        dtype=dtype,
+        H=num_heads,
+        HV=num_value_heads,
+        K=head_dim_k,
+        V=head_dim_v,
+        json=json,
+    )
+    raise typer.Exit(run_verify(options))
+
+
+@app.command(short_help="What can run on this machine, what cannot, and why.")
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What can run on this machine, and what cannot, and why: versions, devices, implementations.
+
+    Exit status 0, whatever it finds.
+    """
+    from .doctor import run_doctor
+
+    run_doctor(json)
+
+
+@app.command(short_help="Speed, as ratios against peers measured side by side.")
+def bench(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Run only benchmarks whose name contains TEXT. May be repeated."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 9,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of PyTorch. Default: one a core.")
+    ] = None,
+    require_peers: Annotated[
+        bool, typer.Option("--require-peers", help="A peer that is not installed is an error.")
+    ] = False,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the result there (cli/bench.py: the fields)."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the ratios there (.png, .svg or .pdf).")
+    ] = None,
+) -> None:
+    """How fast is the metadata builder, the chunked reference and the eager path on this CPU?
+
+    Each is measured against the same work done by others, in one process, taking turns: vllm-ascend 0.18.0's
+    metadata builder, transformers' Qwen3-Next, and our own plain loops. Peers that are not installed are
+    skipped and named; `tox run -e bench-peers` installs them.
+
+    \b
+    ascend-twin bench
+    ascend-twin bench --only metadata --rounds 21 --plot metadata.png
+    tox run -e bench-peers -- --json result.json
+
+    Exit status: 0 measured (whatever the figures); 2 the input is wrong, said in one line.
+    """
+    from .bench import run_bench
+
+    run_bench(only or [], rounds, threads, json, plot, require_peers)

@@ -1,0 +1,480 @@
+"""`ascend-twin verify`: the optimized path against the reference, on batches of a workload.
+
+The file written by `--json` holds one object:
+
+    version     1, raised when a field changes its meaning
+    passed      bool
+    options     what was asked for, defaults filled in (seed included)
+    source      {"workload": the trace or "generator", "prefill_steps": formed in all, "checked": of those,
+                "corners": fixed batches}
+    covered     {"batches", "sequences", "chunks", "tokens"}
+    suites      [{"name", "batches", "failed", "ratio", "worst_row", "problem"}]; ratio and worst_row are null
+                or {"error", "limit", "where"}, the one nearest to its limit (error null: not finite); problem
+                is "" or the first difference that is no matter of size
+    failure     null, or {"case": fields of the smallest failing PrefillCase found, "message", "code"}; code
+                is null where the case fails only after other batches
+    versions    of what the result depends on
+    seconds     float
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from ..equivalence_tests.cases import DTYPES, Outcome, PrefillCase, check_prefill, minimize
+from ..equivalence_tests.compare import Comparison
+from ..equivalence_tests.run_on_device import versions
+from ..equivalence_tests.tolerances import Errors
+from ..optimized.gdn import IMPLEMENTATIONS, ChunkMetadataBuilder, open_device
+from ..optimized.gdn.device import Device
+from ..optimized.gdn.kernels.block_sizes import CHUNK_SIZE
+from ..reference.errors import UnavailableError, invalid_argument
+from ..reference.gdn.inputs import check_choice
+from ..scheduler.prefill_steps import PrefillStep, prefill_steps
+from ..scheduler.workload import generate_requests, read_trace
+
+# Steps of the workload, and the seed; None is a fresh one.
+PROFILES: dict[str, tuple[int, int | None]] = {"dev": (10, 0), "ci": (30, 0), "nightly": (300, None)}
+
+NUM_GENERATED_REQUESTS = 256
+MINIMIZE_SECONDS = 60.0
+
+# Batches that no workload may happen to hold; small head dims, so that they cost little.
+CORNERS: tuple[dict[str, Any], ...] = (
+    {"seq_lens": ()},
+    {"seq_lens": (1,)},
+    {"seq_lens": (0, 0, 0)},
+    {"seq_lens": (128, 0, 128)},
+    {"seq_lens": (0, 0, 64), "padding": 64},
+    {"seq_lens": (100, 1, 0, 65), "gates": "mixed", "betas": "mixed"},
+    {"seq_lens": (63, 64, 65), "keys": "identical", "betas": "one"},
+    {"seq_lens": (130, 64), "gates": "forget", "initial_state": False, "V": 32},
+    {"seq_lens": (65, 0, 127), "gates": "steep", "initial_state": (False, True, True)},
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        trace: file of a request trace, or None for the generator.
+        profile: a key of `PROFILES`.
+        cases, seed: steps to check and the seed, or None for those of the profile.
+        max_num_batched_tokens, max_num_seqs: tokens and sequences of a step, at most.
+        implementation: a key of `IMPLEMENTATIONS`.
+        device: a name that `open_device` knows.
+        dtype: a key of `DTYPES`.
+        H, HV, K, V: query/key heads, value heads, head dims.
+        json: file to write, or None.
+    """
+
+    trace: Path | None
+    profile: str
+    cases: int | None
+    seed: int | None
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    implementation: str
+    device: str
+    dtype: str
+    H: int
+    HV: int
+    K: int
+    V: int
+    json: Path | None
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The error nearest to its limit; `where` is its batch, and the worst row in that batch."""
+
+    error: float
+    limit: float
+    where: str
+
+    @property
+    def usage(self) -> float:
+        """The error as a part of its limit; 1 is the most allowed."""
+        return self.error / self.limit
+
+
+@dataclass
+class Suite:
+    """One row of the result.
+
+    Attributes:
+        batches, failed: checked, and those of them that differ.
+        worst: by metric, a field of `Errors`.
+        problem: the first difference that is no matter of size, or "".
+    """
+
+    name: str
+    batches: int = 0
+    failed: int = 0
+    worst: dict[str, Worst] = field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def nearest(self) -> Worst | None:
+        """Whichever metric is nearest to its limit."""
+        return max(self.worst.values(), key=lambda w: w.usage, default=None)
+
+    def add(self, batch: int, comparisons: Sequence[Comparison] = (), problems: Sequence[str] = ()) -> None:
+        """Enter a batch: what was compared in it, and differences that are no matter of size."""
+        problems = [*problems, *(f"{c.name}: {c.problem}" for c in comparisons if c.problem)]
+        self.batches += 1
+        self.failed += bool(problems) or not all(c.passed for c in comparisons)
+        if problems and not self.problem:
+            self.problem = shorten(f"batch {batch}: {problems[0]}", 300)
+        for c in comparisons:
+            for metric in Errors._fields if not c.problem else ():
+                new = Worst(getattr(c.errors, metric), getattr(c.limit, metric), f"batch {batch}, {c.place}")
+                if metric not in self.worst or new.usage > self.worst[metric].usage:
+                    self.worst[metric] = new
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that a run needs, checked."""
+
+    options: Options
+    device: Device
+    cases: list[PrefillCase]
+    num_corners: int
+    num_steps: int
+    builder: ChunkMetadataBuilder
+
+    @property
+    def workload(self) -> str:
+        return str(self.options.trace or "generator")
+
+
+def run_verify(options: Options) -> int:
+    """Verify; print the result on stdout and progress on stderr.
+
+    Returns:
+        The exit status: 0 when everything agrees, else 1.
+
+    Raises:
+        InvalidArgumentError, TraceError, UnavailableError: for wrong input, before anything is computed.
+    """
+    start = time.perf_counter()
+    plan = _prepare(options)
+    typer.echo(_headline(plan))
+    suites, failures = _check_all(plan)
+    failure = _smallest_failure(plan, failures) if failures else None
+    covered, seconds = _covered(plan.cases), time.perf_counter() - start
+    Console(width=None if sys.stdout.isatty() else 140).print(_table(suites))
+    counts = ", ".join(f"{count:,} {what}" for what, count in covered.items())
+    typer.echo(f"{'DIFFER' if failure else 'Agree'}: {counts} in {seconds:.1f} s.")
+    if failure:
+        typer.echo(f"\n{failure['message']}")
+        typer.echo(f"\nThis reproduces it:\n\n{failure['code']}" if failure["code"] else "")
+    if plan.options.json:
+        _write_atomically(plan.options.json, _as_json(plan, suites, covered, failure, seconds))
+    return 1 if failure else 0
+
+
+def sample_steps(
+    steps: Iterable[PrefillStep], count: int, rng: random.Random
+) -> tuple[list[PrefillStep], int]:
+    """Draw steps from all over a workload, half of them with chunks of several prompts.
+
+    Most steps of a busy service hold one long chunk and decodes; batches in which prompts meet are rare
+    and are where varlen code goes wrong, hence the two halves. Each half is uniform over its kind.
+
+    Args:
+        steps: in order of time; read once.
+        count: how many to draw, >= 1; fewer if there are no more.
+        rng: decides.
+
+    Returns:
+        The drawn steps in order of time, and how many there were in all.
+    """
+    kept: dict[bool, list[tuple[int, PrefillStep]]] = {False: [], True: []}
+    seen = {False: 0, True: 0}
+    for i, step in enumerate(steps):
+        several = len(step.seq_lens) - step.num_decodes > 1
+        seen[several] += 1
+        if len(kept[several]) < count:
+            kept[several].append((i, step))
+        elif (place := rng.randrange(seen[several])) < count:
+            kept[several][place] = (i, step)
+    num_several = min(len(kept[True]), max(count // 2, count - len(kept[False])))
+    num_single = min(len(kept[False]), count - num_several)
+    drawn = rng.sample(kept[True], num_several) + rng.sample(kept[False], num_single)
+    return [step for _, step in sorted(drawn, key=lambda pair: pair[0])], sum(seen.values())
+
+
+def _prepare(options: Options) -> _Plan:
+    """Check everything, read the workload and choose the batches."""
+    check_choice("--profile", options.profile, tuple(PROFILES))
+    check_choice("--implementation", options.implementation, tuple(IMPLEMENTATIONS))
+    check_choice("--dtype", options.dtype, tuple(DTYPES))
+    if options.HV % options.H:
+        invalid_argument("--num-value-heads", options.HV, f"a multiple of --num-heads = {options.H}")
+    device = open_device(options.device)
+    if options.json:
+        _check_writable(options.json)
+    profile_cases, profile_seed = PROFILES[options.profile]
+    if options.seed is None:
+        fresh = random.SystemRandom().randrange(2**31)
+        options = dataclasses.replace(options, seed=fresh if profile_seed is None else profile_seed)
+    num_cases = options.cases or profile_cases
+    options = dataclasses.replace(options, cases=num_cases)
+    rng = random.Random(options.seed)
+
+    if options.trace:
+        requests = read_trace(options.trace)
+    else:
+        requests = generate_requests(rng.randrange(2**31), NUM_GENERATED_REQUESTS)
+    steps, num_steps = sample_steps(
+        prefill_steps(requests, options.max_num_batched_tokens, options.max_num_seqs), num_cases, rng
+    )
+    common = {"H": options.H, "HV": options.HV, "dtype": options.dtype, "use_qk_l2norm_in_kernel": True}
+    cases = [
+        PrefillCase(seed=rng.randrange(2**31), **{**common, "K": 16, "V": 16, **corner}) for corner in CORNERS
+    ]
+    cases += [
+        PrefillCase(
+            seq_lens=step.seq_lens,
+            seed=rng.randrange(2**31),
+            K=options.K,
+            V=options.V,
+            initial_state=step.has_initial_state,
+            **common,
+        )
+        for step in steps
+    ]
+    builder = ChunkMetadataBuilder(device, *_capacity(*cases), options.HV)
+    return _Plan(options, device, cases, len(CORNERS), num_steps, builder)
+
+
+def _headline(plan: _Plan) -> str:
+    o = plan.options
+    num_steps = len(plan.cases) - plan.num_corners
+    return (
+        f"{o.implementation} on {o.device} against the reference, {o.dtype}, "
+        f"H {o.H}, HV {o.HV}, K {o.K}, V {o.V}, seed {o.seed}\n"
+        f"{num_steps} of {plan.num_steps:,} prefill steps of {plan.workload} "
+        f"(at most {o.max_num_batched_tokens} tokens, {o.max_num_seqs} sequences), "
+        f"after {plan.num_corners} corner batches"
+    )
+
+
+def _check_all(plan: _Plan) -> tuple[list[Suite], list[PrefillCase]]:
+    """Check every batch. Returns the suites, and the cases that differ."""
+    metadata, reference, o, final_state = suites = [
+        Suite(name) for name in ("metadata", "reference", "o", "final_state")
+    ]
+    failures = []
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        for batch, case in enumerate(progress.track(plan.cases, description="batches")):
+            outcome = _check(plan, case, plan.builder)
+            if isinstance(outcome, Outcome):
+                metadata.add(batch, problems=outcome.metadata_differences)
+                if not outcome.metadata_differences:  # else nothing was computed
+                    reference.add(batch, outcome.reference)
+                    for suite, comparison in zip((o, final_state), outcome.comparisons, strict=True):
+                        suite.add(batch, [comparison])
+            else:
+                o.add(batch, problems=[_in_words(outcome)])
+            if not _passed(outcome):
+                failures.append(case)
+    return suites, failures
+
+
+def _check(plan: _Plan, case: PrefillCase, builder: ChunkMetadataBuilder) -> Outcome | Exception:
+    """Check a case. Input has been checked, so an implementation that raises has failed the case."""
+    try:
+        return check_prefill(
+            case,
+            implementation=plan.options.implementation,
+            builder=builder,
+            device=plan.device.torch_device,
+            check_reference=True,
+        )
+    except UnavailableError:
+        raise
+    except Exception as error:
+        return error
+
+
+def _passed(outcome: Outcome | Exception) -> bool:
+    return isinstance(outcome, Outcome) and outcome.passed
+
+
+def _in_words(outcome: Outcome | Exception) -> str:
+    if isinstance(outcome, Outcome):
+        return str(outcome)
+    return f"raised {type(outcome).__name__}: {outcome}"
+
+
+def _smallest_failure(plan: _Plan, failures: list[PrefillCase]) -> dict[str, Any]:
+    """The smallest failing case that can be found in `MINIMIZE_SECONDS`: the `failure` of the JSON file."""
+    deadline = time.perf_counter() + MINIMIZE_SECONDS
+
+    def check_alone(case: PrefillCase) -> Outcome | Exception:
+        return _check(plan, case, ChunkMetadataBuilder(plan.device, *_capacity(case), case.HV))
+
+    def fails(case: PrefillCase) -> bool:
+        return time.perf_counter() < deadline and not _passed(check_alone(case))
+
+    case = min(failures, key=lambda c: c.bounds[-1])
+    if not fails(case):
+        message = (
+            "A failing batch agrees when it is checked alone: it takes the batches before it. "
+            f"Run again with --seed {plan.options.seed}."
+        )
+        return {"case": dataclasses.asdict(case), "message": message, "code": None}
+    typer.echo(f"looking for the smallest failing batch, at most {MINIMIZE_SECONDS:.0f} s", err=True)
+    case = minimize(case, fails)
+    lines = [shorten(line, 300) for line in _in_words(check_alone(case)).splitlines()]
+    code = _reproduction(case, plan.options.implementation, plan.options.device)
+    return {"case": dataclasses.asdict(case), "message": "\n".join(lines), "code": code}
+
+
+def _capacity(*cases: PrefillCase) -> tuple[int, int]:
+    """The most tokens and the most sequences of a batch, as a builder takes them."""
+    return max(1, *(c.bounds[-1] for c in cases)), max(1, *(len(c.seq_lens) for c in cases))
+
+
+def _reproduction(case: PrefillCase, implementation: str, device: str) -> str:
+    """A script that checks the case and ends with an AssertionError if it fails."""
+    fields = "".join(
+        f"    {f.name}={getattr(case, f.name)!r},\n"
+        for f in dataclasses.fields(case)
+        if f.default is dataclasses.MISSING or getattr(case, f.name) != f.default
+    )
+    num_tokens, num_seqs = _capacity(case)
+    return f"""\
+from ascend_twin.equivalence_tests.cases import PrefillCase, check_prefill
+from ascend_twin.optimized.gdn import ChunkMetadataBuilder, open_device
+
+case = PrefillCase(
+{fields})
+device = open_device({device!r})
+builder = ChunkMetadataBuilder(
+    device, max_num_batched_tokens={num_tokens}, max_num_seqs={num_seqs}, num_value_heads=case.HV
+)
+outcome = check_prefill(
+    case, implementation={implementation!r}, builder=builder, device=device.torch_device, check_reference=True
+)
+assert outcome.passed, outcome
+"""
+
+
+def _covered(cases: list[PrefillCase]) -> dict[str, int]:
+    lens = [n for case in cases for n in case.seq_lens]
+    return {
+        "batches": len(cases),
+        "sequences": len(lens),
+        "chunks": sum(-(-n // CHUNK_SIZE) for n in lens),
+        "tokens": sum(lens),
+    }
+
+
+def _table(suites: list[Suite]) -> Table:
+    table = Table(box=box.SIMPLE)
+    for heading in ("suite", "batches", "ratio / limit", "worst row / limit", "of limit", "where", "result"):
+        table.add_column(heading, justify="right" if heading in ("batches", "of limit") else "left")
+    for s in suites:
+        nearest = s.nearest
+        errors = [f"{w.error:.1e} / {w.limit:.1e}" for w in (s.worst[m] for m in Errors._fields if s.worst)]
+        cells = (
+            s.name,
+            str(s.batches),
+            *(errors or ("exact" if s.name == "metadata" else "", "")),
+            f"{nearest.usage:.1%}" if nearest else "",
+            s.problem or (nearest.where if nearest else ""),
+        )
+        result = Text(f"{s.failed} DIFFER", "bold red") if s.failed else Text("agree", "green")
+        table.add_row(*(Text(cell) for cell in cells), result)
+    return table
+
+
+def _as_json(
+    plan: _Plan,
+    suites: list[Suite],
+    covered: dict[str, int],
+    failure: dict[str, Any] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(plan.options).items()}
+    return {
+        "version": 1,
+        "passed": failure is None,
+        "options": options,
+        "source": {
+            "workload": plan.workload,
+            "prefill_steps": plan.num_steps,
+            "checked": len(plan.cases) - plan.num_corners,
+            "corners": plan.num_corners,
+        },
+        "covered": covered,
+        "suites": [
+            {
+                "name": s.name,
+                "batches": s.batches,
+                "failed": s.failed,
+                **{metric: _worst_as_json(s.worst.get(metric)) for metric in Errors._fields},
+                "problem": s.problem,
+            }
+            for s in suites
+        ],
+        "failure": failure,
+        "versions": versions(),
+        "seconds": seconds,
+    }
+
+
+def _worst_as_json(worst: Worst | None) -> dict[str, Any] | None:
+    if worst is None:
+        return None
+    return {**dataclasses.asdict(worst), "error": worst.error if math.isfinite(worst.error) else None}
+
+
+def _check_writable(path: Path) -> None:
+    """Raise unless the folder takes files and nothing else than a file is in the way."""
+    try:
+        if path.exists() and not path.is_file():
+            invalid_argument("--json", path, "a file; this is something else")
+        temporary = _temporary(path)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+    except OSError as error:
+        invalid_argument("--json", path, f"a file that can be written ({error.strerror or error})")
+
+
+def _write_atomically(path: Path, content: dict[str, Any]) -> None:
+    temporary = _temporary(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        invalid_argument("--json", path, f"a file that can be written ({error.strerror or error})")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A file beside `path`, so that replacing is one step."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

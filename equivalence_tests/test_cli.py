@@ -1,0 +1,380 @@
+"""The command line: exit statuses, what is said, and that a printed reproduction reproduces."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ascend_twin.cli.main import app
+from ascend_twin.cli.verify import CORNERS, sample_steps
+from ascend_twin.equivalence_tests import cases
+from ascend_twin.optimized.gdn import IMPLEMENTATIONS, ChunkMetadata, ChunkMetadataBuilder
+from ascend_twin.optimized.gdn.chunked import Implementation
+from ascend_twin.optimized.gdn.eager import eager_chunk_gated_delta_rule
+from ascend_twin.scheduler.prefill_steps import PrefillStep
+
+SMALL = ("--num-heads=1", "--num-value-heads=2", "--head-dim-k=16", "--head-dim-v=16", "--cases=3",
+         "--max-num-batched-tokens=256", "--max-num-seqs=4", "--dtype=float32", "--profile=dev")  # fmt: skip
+LINE = '{"timestamp": 0, "input_length": 300, "output_length": 2, "hash_ids": [0]}\n'
+SHORT = '{"timestamp": 30, "input_length": 70, "output_length": 1, "hash_ids": [1]}\n'
+
+
+def _run(*arguments: str) -> tuple[int, str]:
+    """Exit status, and stdout and stderr together."""
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def _verify(*arguments: str) -> tuple[int, str]:
+    return _run("verify", *SMALL, *arguments)
+
+
+def _result(*arguments: str, json_file: Path) -> dict[str, Any]:
+    _verify(*arguments, "--json", str(json_file))
+    return json.loads(json_file.read_text())
+
+
+def _code(output: str) -> str:
+    return output.partition("This reproduces it:\n")[2]
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """Put a broken implementation in the place of the eager one."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "eager", Implementation("eager", "broken for a test", run))
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert _run("--version") == (0, f"ascend-twin {metadata.version('ascend-twin')}\n")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("verify", "--help"), ("doctor", "--help")])
+def test_help_teaches_without_importing_torch(arguments: tuple[str, ...]) -> None:
+    program = (
+        "import sys; from ascend_twin.cli.main import app; app({!r}, standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program.format(list(arguments))], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "doctor" in done.stdout
+    assert "Exit status" in done.stdout or "ascend-twin verify" in done.stdout
+
+
+def test_verify_agrees_on_the_generator_and_says_what_it_covered(tmp_path: Path) -> None:
+    status, output = _verify("--json", str(tmp_path / "result.json"))
+    assert status == 0
+    assert "DIFFER" not in output
+    result = json.loads((tmp_path / "result.json").read_text())
+    batches = 3 + len(CORNERS)
+    assert result["passed"] is True
+    assert result["failure"] is None
+    assert result["source"]["workload"] == "generator"
+    assert result["covered"]["batches"] == batches
+    assert [(s["name"], s["batches"], s["failed"]) for s in result["suites"]] == [
+        (name, batches, 0) for name in ("metadata", "reference", "o", "final_state")
+    ]
+    for suite in result["suites"][1:]:
+        for metric in ("ratio", "worst_row"):
+            assert 0 < suite[metric]["error"] < suite[metric]["limit"]
+    covered = result["covered"]
+    assert re.search(
+        f"Agree: {batches} batches, {covered['sequences']} sequences, {covered['chunks']} chunks, "
+        rf"{covered['tokens']:,} tokens in \d+\.\d s\.",
+        output,
+    )
+    assert result["versions"]["torch"] != "none"
+    assert [f.name for f in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_verify_checks_the_steps_of_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+
+    def check(case: cases.PrefillCase, **kwargs: Any) -> cases.Outcome:
+        checked.append(case)
+        return cases.check_prefill(case, **kwargs)
+
+    monkeypatch.setattr("ascend_twin.cli.verify.check_prefill", check)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(LINE + SHORT)
+    result = _result("--trace", str(trace), "--head-dim-v=24", json_file=tmp_path / "result.json")
+    assert result["source"] == {
+        "workload": str(trace), "prefill_steps": 3, "checked": 3, "corners": len(CORNERS)
+    }  # fmt: skip
+    assert [(c.seq_lens, c.initial_state) for c in checked[len(CORNERS) :]] == [
+        ((256,), (False,)),
+        ((44,), (True,)),  # the rest of the first prompt
+        ((1, 70), (True, False)),  # it decodes beside the second
+    ]
+    for c in checked[len(CORNERS) :]:
+        assert (c.H, c.HV, c.K, c.V, c.dtype, c.use_qk_l2norm_in_kernel) == (1, 2, 16, 24, "float32", True)
+    assert len({c.seed for c in checked}) == len(checked)
+    lens = [n for c in checked for n in c.seq_lens]
+    assert result["covered"] == {
+        "batches": len(checked),
+        "sequences": len(lens),
+        "chunks": sum(-(-n // 64) for n in lens),
+        "tokens": sum(lens),
+    }
+
+
+def test_verify_keeps_the_old_result_when_the_new_one_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    monkeypatch.setattr(Path, "replace", full)
+    status, output = _verify("--json", str(path))
+    assert status == 2
+    assert "Agree: " in output
+    assert output.endswith("allowed: a file that can be written (No space left on device)\n")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_verify_lets_threads_that_wait_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    _verify("--device", "tpu")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    _verify("--device", "tpu")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_verify_chooses_the_same_batches_when_the_seed_is_the_same(tmp_path: Path) -> None:
+    def suites(*arguments: str) -> Any:
+        return _result("--cases=1", *arguments, json_file=tmp_path / "result.json")["suites"]
+
+    first = suites()
+    assert first == suites("--seed=0")
+    assert first != suites("--seed=1")
+
+
+def test_verify_takes_a_fresh_seed_and_prints_it_when_nightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPOTHESIS_PROFILE", "nightly")
+    arguments = [a for a in SMALL if not a.startswith("--profile")]
+    seeds = {re.findall(r"seed (\d+)", _run("verify", *arguments, "--cases=1")[1])[0] for _ in range(2)}
+    assert len(seeds) == 2
+
+
+def test_verify_computes_the_truth_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    recurrent = cases.recurrent_gated_delta_rule
+    monkeypatch.setattr(
+        cases, "recurrent_gated_delta_rule", lambda *a, **k: (calls.append(1), recurrent(*a, **k))[1]
+    )
+    assert _verify()[0] == 0
+    assert len(calls) == 3 + len(CORNERS)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        (b"", 1, "the file is empty"),
+        (LINE.encode() + SHORT.encode()[:30], 2, "is the file cut off"),
+        (LINE.encode() + LINE.replace("300", "-300").encode(), 2, "input_length is -300"),
+        (b"timestamp,input_length\n", 1, "not JSON"),
+        (b"\xff\xfe\n", 1, "not UTF-8"),
+    ],
+)
+def test_verify_refuses_a_bad_trace_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, line: int, reason: str
+) -> None:
+    _forbid_computing(monkeypatch)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_bytes(content)
+    _assert_refused(f"{trace}:{line}: .*{reason}", "--trace", str(trace))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--trace", "absent.jsonl"), "absent.jsonl: No such file or directory"),
+        (("--device", "tpu"), "device is 'tpu'; allowed: cpu, cuda, npu"),
+        (("--device", "npu:99"), "npu"),
+        (("--dtype", "int8"), "--dtype is int8; allowed: float64, float32, float16, bfloat16"),
+        (("--implementation", "magic"), "--implementation is magic; allowed: eager"),
+        (("--profile", "weekly"), "--profile is weekly; allowed: dev, ci, nightly"),
+        (("--num-heads", "4", "--num-value-heads", "6"), "--num-value-heads is 6; allowed: a multiple of"),
+        (("--max-num-batched-tokens", "3"), "max_num_batched_tokens is 3; allowed: >= max_num_seqs = 4"),
+        (
+            ("--json", "absent/result.json"),
+            "--json is absent/result.json; allowed: a file that can be written",
+        ),
+        (("--json", "."), "--json is .; allowed: a file; this is something else"),
+    ],
+)
+def test_verify_refuses_bad_options_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    _forbid_computing(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    _assert_refused(re.escape(message), *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def _forbid_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*_: object, **__: object) -> None:
+        raise AssertionError("computed before the input was checked")
+
+    monkeypatch.setattr("ascend_twin.cli.verify.check_prefill", compute)
+
+
+def _assert_refused(message: str, *arguments: str) -> None:
+    status, output = _verify(*arguments)
+    assert status == 2
+    assert re.fullmatch(f"error: {message}.*\n", output)
+
+
+def _forgets_the_state(*args: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return eager_chunk_gated_delta_rule(*args, **{**kwargs, "initial_state": None})
+
+
+def test_verify_prints_a_reproduction_when_the_implementation_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _install(monkeypatch, _forgets_the_state)
+    status, output = _verify("--json", str(tmp_path / "result.json"))
+    assert status == 1
+    assert "DIFFER" in output
+    with pytest.raises(AssertionError, match=r"final_state: ratio 1\.00e\+00 .* at sequence 0"):
+        exec(_code(output), {})
+    monkeypatch.undo()
+    exec(_code(output), {})  # and agrees once the implementation is mended
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["passed"] is False
+    failed = {s["name"]: s["failed"] for s in result["suites"]}
+    assert failed["metadata"] == failed["reference"] == 0
+    assert failed["o"] > 0
+    assert failed["final_state"] > 0
+    assert result["failure"]["case"]["seq_lens"] == [0]  # the state of an empty sequence
+    assert result["failure"]["code"].strip() == _code(output).strip()
+
+
+def test_verify_prints_a_reproduction_when_the_implementation_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def raises(q: torch.Tensor, *args: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if q.shape[1] > 100:
+            raise RuntimeError("more than 100 tokens [bold]")
+        return eager_chunk_gated_delta_rule(q, *args, **kwargs)
+
+    _install(monkeypatch, raises)
+    status, output = _verify()
+    assert status == 1
+    assert "raised RuntimeError: more than 100 tokens [bold]\n" in output
+    assert output.count("[bold]") == 2  # in the table, and below it
+    names: dict[str, Any] = {}
+    with pytest.raises(RuntimeError, match="more than 100 tokens"):
+        exec(_code(output), names)
+    case = names["case"]
+    assert (len(case.seq_lens), case.bounds[-1] + case.padding) == (1, 101)
+
+
+def test_verify_tells_the_suite_that_differs_when_the_metadata_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = ChunkMetadataBuilder.build
+
+    def off_by_one(self: ChunkMetadataBuilder, *args: Any, **kwargs: Any) -> ChunkMetadata:
+        metadata = build(self, *args, **kwargs)
+        wrong = metadata.final_chunk_indices_chunk64 + 1
+        return dataclasses.replace(metadata, final_chunk_indices_chunk64=wrong)
+
+    monkeypatch.setattr(ChunkMetadataBuilder, "build", off_by_one)
+    result = _result(json_file=tmp_path / "result.json")
+    assert [s["failed"] > 0 for s in result["suites"]] == [True, False, False, False]
+    assert "final_chunk_indices_chunk64 is" in result["suites"][0]["problem"]
+    with pytest.raises(AssertionError, match="final_chunk_indices_chunk64"):
+        exec(result["failure"]["code"], {})
+
+
+def test_verify_tells_the_suite_that_differs_when_the_chunked_reference_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked = cases.chunk_gated_delta_rule
+
+    def slightly_wrong(*args: Any, **kwargs: Any) -> Any:
+        o, state = chunked(*args, **kwargs)
+        return o * (1 + 1e-9), state
+
+    monkeypatch.setattr(cases, "chunk_gated_delta_rule", slightly_wrong)
+    result = _result(json_file=tmp_path / "result.json")
+    assert [s["failed"] > 0 for s in result["suites"]] == [False, True, False, False]
+    with pytest.raises(AssertionError, match=r"chunked reference: o: ratio 1\.00e-09"):
+        exec(result["failure"]["code"], {})
+
+
+def test_verify_says_so_when_a_batch_fails_only_after_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def wrong_once(*args: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        o, state = eager_chunk_gated_delta_rule(*args, **kwargs)
+        return o, state + (len(calls) == 5)
+
+    _install(monkeypatch, wrong_once)
+    status, output = _verify()
+    assert status == 1
+    assert "agrees when it is checked alone" in output
+    assert "Run again with --seed 0" in output
+
+
+def test_sample_steps_draws_half_from_steps_where_prompts_meet() -> None:
+    single = [PrefillStep(t, (1, 9), 1, (True, False)) for t in range(1000)]
+    meeting = [PrefillStep(t + 0.5, (5, 5), 0, (True, False)) for t in range(0, 1000, 50)]
+    steps = sorted(single + meeting, key=lambda s: s.start_ms)
+    drawn, num_steps = sample_steps(iter(steps), 10, random.Random(0))
+    assert num_steps == 1020
+    assert sum(s in meeting for s in drawn) == 5
+    assert [s.start_ms for s in drawn] == sorted({s.start_ms for s in drawn})
+    assert drawn[0].start_ms < 300
+    assert drawn[-1].start_ms > 700
+    assert drawn == sample_steps(iter(steps), 10, random.Random(0))[0]
+    assert drawn != sample_steps(iter(steps), 10, random.Random(1))[0]
+
+
+@pytest.mark.parametrize("num_single", [0, 2, 7])
+def test_sample_steps_takes_every_step_when_there_are_no_more(num_single: int) -> None:
+    steps = [PrefillStep(t, (9,), 0, (False,)) for t in range(num_single)]
+    steps += [PrefillStep(t + 100, (5, 4), 0, (False, False)) for t in range(7 - num_single)]
+    assert sample_steps(steps, 7, random.Random(0)) == (steps, 7)
+    assert sample_steps(steps, 100, random.Random(0)) == (steps, 7)
+
+
+def test_doctor_says_what_can_run_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"cpu": None, "cuda": "no driver", "npu": "no torch_npu"}
+    monkeypatch.setattr("ascend_twin.cli.doctor.why_unusable", reasons.__getitem__)
+    status, output = _run("doctor")
+    assert status == 0
+    assert f"torch          {metadata.version('torch')}" in output
+    assert "cpu          can run: ascend-twin verify --implementation eager --device cpu" in output
+    assert "cuda         cannot run: no driver" in output
+    status, output = _run("doctor", "--json")
+    assert status == 0
+    found = json.loads(output)
+    assert found["devices"] == reasons
+    assert [i["name"] for i in found["implementations"]] == list(IMPLEMENTATIONS)
+
+
+def test_doctor_reports_when_torch_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ascend_twin.cli.doctor.why_unusable", lambda _: "ImportError: libtorch.so")
+    status, output = _run("doctor")
+    assert status == 0
+    assert "none can run: torch does not work here" in output
