@@ -96,8 +96,8 @@ def compare_state(
     if actual is None or problem:
         return Comparison("final_state", Errors(float("nan"), float("nan")), limit, problem=problem)
     by_row = (0, 2, 1, 3)  # [N, K, HV, V]: rows before heads, as in o
-    parts = (list(x.double().cpu().permute(by_row)) for x in (actual, truth))
-    return _compare_parts("final_state", *parts, operands or dtype, limit)
+    actual, truth = (x.double().cpu().permute(by_row) for x in (actual, truth))
+    return _compare_parts("final_state", list(actual), list(truth), operands or dtype, limit)
 
 
 def _difference_in_kind(actual: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> str:
@@ -120,17 +120,17 @@ def _compare_parts(
 ) -> Comparison:
     """Compare sequence by sequence: each part is `[rows, heads, D]` float64."""
     ratio, worst_row = 0.0, 0.0
-    place: tuple[int | None, int | None, int | None] = (None, None, None)
+    sequence = row = head = None
     for n, (a, t) in enumerate(zip(actual, truth, strict=True)):
         if not t.numel():
             continue
         scale = max(_rms(t).item(), smallest_scale(dtype))
         rows = _rms(a - t, dim=-1) / scale
         ratio = max(ratio, _rms(a - t).item() / scale)
-        if place[0] is None or rows.max().item() > worst_row:
+        if sequence is None or rows.max().item() > worst_row:
             worst_row = rows.max().item()
-            place = (n, *divmod(int(rows.argmax()), rows.shape[1]))
-    return Comparison(name, Errors(ratio, worst_row), limit, *place)
+            sequence, (row, head) = n, divmod(int(rows.argmax()), rows.shape[1])
+    return Comparison(name, Errors(ratio, worst_row), limit, sequence, row, head)
 
 
 def _rms(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:

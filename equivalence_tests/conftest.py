@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def device(request: pytest.FixtureRequest) -> Device:
     """The device under test."""
     try:
-        return open_test_device(request.config.getoption("--device"))
+        return open_test_device(str(request.config.getoption("--device")))
     except UnavailableError as error:
         pytest.exit(f"--device: {error}", returncode=2)
 

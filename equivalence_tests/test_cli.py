@@ -21,6 +21,7 @@ from ascend_twin.equivalence_tests import cases
 from ascend_twin.optimized.gdn import IMPLEMENTATIONS, ChunkMetadata, ChunkMetadataBuilder
 from ascend_twin.optimized.gdn.chunked import Implementation
 from ascend_twin.optimized.gdn.eager import eager_chunk_gated_delta_rule
+from ascend_twin.reference.gdn import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from ascend_twin.scheduler.prefill_steps import PrefillStep
 
 SMALL = ("--num-heads=1", "--num-value-heads=2", "--head-dim-k=16", "--head-dim-v=16", "--cases=3",
@@ -174,7 +175,7 @@ def test_verify_takes_a_fresh_seed_and_prints_it_when_nightly(monkeypatch: pytes
 
 def test_verify_computes_the_truth_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    recurrent = cases.recurrent_gated_delta_rule
+    recurrent = recurrent_gated_delta_rule
     monkeypatch.setattr(
         cases, "recurrent_gated_delta_rule", lambda *a, **k: (calls.append(1), recurrent(*a, **k))[1]
     )
@@ -308,7 +309,7 @@ def test_verify_tells_the_suite_that_differs_when_the_metadata_are_wrong(
 def test_verify_tells_the_suite_that_differs_when_the_chunked_reference_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunked = cases.chunk_gated_delta_rule
+    chunked = chunk_gated_delta_rule
 
     def slightly_wrong(*args: Any, **kwargs: Any) -> Any:
         o, state = chunked(*args, **kwargs)

@@ -238,8 +238,9 @@ class TwoSlotsWithoutEvents(StagingRing):
 
     def stage(self, size: int, fill: Callable[[np.ndarray], None]) -> Lease:
         lease = super().stage(size, fill)
-        self._free.append(lease._slot)  # not lent: the next one but one takes it
-        lease._slot = None
+        slot, lease._slot = lease._slot, None  # not lent: the next one but one takes it
+        assert slot is not None
+        self._free.append(slot)
         return lease
 
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from ...reference.errors import invalid_argument
-from ...reference.gdn.inputs import check_choice, check_cu_seqlens, check_eps, check_gdn_shapes
+from ...reference.gdn.inputs import (
+    check_choice,
+    check_cu_seqlens,
+    check_eps,
+    check_gdn_shapes,
+    scale_or_default,
+)
 from .device import open_device
 from .eager import eager_chunk_gated_delta_rule
 from .metadata import ChunkMetadata, ChunkMetadataBuilder
@@ -99,7 +105,7 @@ def chunk_gated_delta_rule(
         _check_metadata(metadata, q, sizes.N)
     o, final_state = IMPLEMENTATIONS[implementation].run(
         *(x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta)),
-        scale=sizes.K**-0.5 if scale is None else scale,
+        scale=scale_or_default(scale, sizes.K),
         initial_state=initial_state,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         eps=eps,

@@ -10,6 +10,7 @@ from .inputs import (
     check_eps,
     check_gates,
     check_gdn_shapes,
+    scale_or_default,
     sequence_bounds,
 )
 from .metadata import chunk_offsets
@@ -77,7 +78,7 @@ def chunk_gated_delta_rule(
     check_chunk_size(chunk_size)
     bounds = sequence_bounds(cu_seqlens, sizes)
     check_gates(g.flatten(0, 1)[None], beta.flatten(0, 1)[None], bounds[-1])
-    scale = sizes.K**-0.5 if scale is None else scale
+    scale = scale_or_default(scale, sizes.K)
     accumulate = stages.accumulation_dtype(compute_dtype)
 
     # 1.

@@ -186,6 +186,11 @@ def check_gates(g: torch.Tensor, beta: torch.Tensor, num_tokens: int) -> None:
         invalid_argument("beta (minimum, maximum)", (beta.min().item(), beta.max().item()), "within [0, 1]")
 
 
+def scale_or_default(scale: float | None, K: int) -> float:
+    """`scale`, or K ** -0.5 where it is None."""
+    return K**-0.5 if scale is None else scale
+
+
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise unless `value` is one of `allowed`."""
     if value not in allowed:

@@ -13,6 +13,7 @@ from .inputs import (
     check_gdn_shapes,
     check_shape,
     check_tensor,
+    scale_or_default,
     sequence_bounds,
 )
 from .stages import l2norm
@@ -76,7 +77,7 @@ def recurrent_gated_delta_rule(
     check_eps(eps)
     bounds = sequence_bounds(cu_seqlens, sizes)
     check_gates(g.flatten(0, 1)[None], beta.flatten(0, 1)[None], bounds[-1])
-    scale = sizes.K**-0.5 if scale is None else scale
+    scale = scale_or_default(scale, sizes.K)
 
     q, k, v, g, beta = (x.flatten(0, 1).to(compute_dtype) for x in (q, k, v, g, beta))
     if use_qk_l2norm_in_kernel:
@@ -152,7 +153,7 @@ def recurrent_gated_delta_rule_decode(
     check_shape("state_pool", state_pool, (num_slots, sizes.HV, sizes.K, sizes.V), "[num_slots, HV, K, V]")
     check_device("state_pool", state_pool, q.device)
     slots = _check_state_indices(state_indices, sizes.T, num_slots, null_slot)
-    scale = sizes.K**-0.5 if scale is None else scale
+    scale = scale_or_default(scale, sizes.K)
 
     q, k, v, g, beta = (x.to(state_pool.dtype) for x in (q, k, v, g, beta))
     if use_qk_l2norm_in_kernel:
