@@ -317,8 +317,8 @@ def _plot(results: Sequence[Result], path: Path) -> None:
     axes = figure.add_subplot()
     ratios = np.array([r.ratio for r in measured]).reshape(-1, 3)
     errors = np.abs(ratios[:, [0, 2]] - ratios[:, [1]]).T
-    axes.barh([r.name for r in measured], ratios[:, 1], xerr=errors, color="#4c78a8", ecolor="#222222")
-    axes.bar_label(axes.containers[-1], fmt="%.3g", padding=4)  # pyright: ignore[reportArgumentType]
+    bars = axes.barh([r.name for r in measured], ratios[:, 1], xerr=errors, color="#4c78a8", ecolor="#222222")
+    axes.bar_label(bars, labels=[f"{median:.3g}" for median in ratios[:, 1]], padding=4)
     axes.axvline(1, color="#222222", linewidth=1)
     axes.set_xscale("log")
     axes.set_xlabel("times faster than the peer (log scale); bars: median, lines: quartiles")
