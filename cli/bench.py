@@ -8,13 +8,14 @@ The file written by `--json` holds {"version": 1, "versions", "threads", "rounds
 fields of `Result` in each result.
 """
 
+import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ..equivalence_tests.cases import EquivalenceError
 from ..equivalence_tests.run_on_device import versions
-from ..optimized.gdn import ChunkMetadataBuilder, open_device
+from ..optimized.gdn import ChunkMetadata, ChunkMetadataBuilder, open_device
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule, metadata
-from .peers import load_transformers_chunk_gated_delta_rule, load_vllm_ascend_builder
+from .peers import (
+    count_vllm_ascend_copies,
+    load_transformers_chunk_gated_delta_rule,
+    load_vllm_ascend_builder,
+)
 
 TURN_SECONDS = 0.25
 SEED = 0
@@ -36,7 +42,16 @@ SEED = 0
 H, HV, D = 16, 32, 128
 
 Call = Callable[[], object]
-Calls = tuple[tuple[str, Call], tuple[str, Call]]  # ours and the peer's, with their names
+
+
+class Pair(NamedTuple):
+    """Two calls that do the same work, with their names, and what else there is to say of them."""
+
+    ours: str
+    our_call: Call
+    peer: str
+    peer_call: Call
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Contest:
-    """Two calls that do the same work; `start` makes them, and raises UnavailableError without the peer."""
+    """A comparison to be made: `start` makes the calls, and raises UnavailableError without the peer."""
 
     name: str
-    start: Callable[[], Calls]
-    note: str = ""
+    start: Callable[[], Pair]
 
 
 def run_bench(
@@ -103,7 +117,7 @@ def run_bench(
             "versions": versions(),
             "threads": torch.get_num_threads(),
             "rounds": rounds,
-            "results": [asdict(r) for r in results],
+            "results": [dataclasses.asdict(r) for r in results],
         }
         json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
@@ -112,32 +126,30 @@ def run_bench(
 
 def _measure(contest: Contest, rounds: int, advance: Callable[[], None], require: bool) -> Result:
     try:
-        calls = contest.start()
+        pair = contest.start()
     except UnavailableError as error:
         if require:
             raise
         for _ in range(rounds):
             advance()
         return Result(contest.name, skipped=str(error))
-    times: tuple[list[float], list[float]] = ([], [])
+    ours, peers = [], []
     with torch.inference_mode():
-        for _, call in calls:
-            call()
+        pair.our_call()
+        pair.peer_call()
         for _ in range(rounds):
-            for taken, (_, call) in zip(times, calls, strict=True):
-                taken.append(_turn(call))
+            ours.append(_turn(pair.our_call))
+            peers.append(_turn(pair.peer_call))
             advance()
-    ours, peers = (np.array(t) * 1e3 for t in times)
-    low, median, high = np.quantile(peers / ours, (0.25, 0.5, 0.75)).tolist()
-    (our_name, _), (peer_name, _) = calls
+    low, median, high = np.quantile(np.array(peers) / np.array(ours), (0.25, 0.5, 0.75)).tolist()
     return Result(
         contest.name,
-        our_name,
-        float(np.median(ours)),
-        peer_name,
-        float(np.median(peers)),
+        pair.ours,
+        float(np.median(ours)) * 1e3,
+        pair.peer,
+        float(np.median(peers)) * 1e3,
         (low, median, high),
-        contest.note,
+        pair.note,
     )
 
 
@@ -172,15 +184,20 @@ def _builder(seq_lens: Sequence[int]) -> ChunkMetadataBuilder:
 def _metadata_contest(num_seqs: int, peer: str) -> Contest:
     num_tokens = 32768
 
-    def start() -> Calls:
+    def start() -> Pair:
         seq_lens = _seq_lens(num_seqs, num_tokens)
         loc, builder = _query_start_loc(seq_lens), _builder(seq_lens)
-        ours = ("ChunkMetadataBuilder", lambda: builder.build(loc))
+
+        def ours() -> object:
+            return builder.build(loc)
+
         if peer == "vllm-ascend":
-            load = load_vllm_ascend_builder(
+            build = load_vllm_ascend_builder(
                 num_value_heads=HV, max_num_batched_tokens=num_tokens, max_num_seqs=num_seqs
             )
-            return ours, ("vllm-ascend 0.18.0", lambda: load(loc))
+            _check_same_tables(builder.build(loc), build(loc))
+            copies = f"copies a step: {builder.ring.copies} against {count_vllm_ascend_copies(build, loc)}"
+            return Pair("prebuilt", ours, "vllm-ascend 0.18.0", lambda: build(loc), copies)
         chunk, large, cumsum = builder.block_sizes
 
         def loops() -> None:
@@ -193,13 +210,16 @@ def _metadata_contest(num_seqs: int, peer: str) -> Contest:
             ):
                 table(loc, chunk)
 
-        return ours, ("reference loops", loops)
+        return Pair("prebuilt", ours, "reference loops", loops)
 
-    return Contest(
-        f"metadata, {num_seqs} x {num_tokens // num_seqs} tokens, against {peer}",
-        start,
-        "staging copy included: 1 copy a step, vllm-ascend 6" if peer == "vllm-ascend" else "",
-    )
+    return Contest(f"metadata, {num_seqs} x {num_tokens // num_seqs} tokens, against {peer}", start)
+
+
+def _check_same_tables(ours: ChunkMetadata, peers: Any) -> None:
+    """Raise unless both built the same tables: what is timed must be the same work."""
+    for name in (f.name for f in dataclasses.fields(peers) if not f.name.startswith("_")):
+        if not torch.equal(getattr(ours, name), getattr(peers, name)):
+            raise EquivalenceError(f"{name} differs: {getattr(ours, name)} and {getattr(peers, name)}")
 
 
 def _tensors(num_tokens: int, num_heads: int, num_value_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -210,37 +230,34 @@ def _tensors(num_tokens: int, num_heads: int, num_value_heads: int, dtype: torch
     return [q, k, v, -g, beta]
 
 
-def _start_reference() -> Calls:
+def _start_reference() -> Pair:
     inputs = _tensors(1024, H, H, torch.float32)
     peer = load_transformers_chunk_gated_delta_rule()
     options: dict[str, Any] = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-    return (
-        (
-            "chunked reference, float32",
-            lambda: chunk_gated_delta_rule(*inputs, **options, compute_dtype=torch.float32),
-        ),
-        ("transformers", lambda: peer(*inputs, **options)),
+    return Pair(
+        "chunked reference, float32",
+        lambda: chunk_gated_delta_rule(*inputs, **options, compute_dtype=torch.float32),
+        "transformers",
+        lambda: peer(*inputs, **options),
     )
 
 
 def _eager_contest(peer: str, num_heads: int, num_value_heads: int) -> Contest:
-    def start() -> Calls:
+    def start() -> Pair:
         seq_lens = np.random.default_rng(SEED).integers(1, 513, 64).tolist()
         inputs = _tensors(sum(seq_lens), num_heads, num_value_heads, torch.bfloat16)
         loc = _query_start_loc(seq_lens)
         builder = ChunkMetadataBuilder(open_device("cpu"), sum(seq_lens), len(seq_lens), num_value_heads)
         options: dict[str, Any] = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-        ours = (
-            "eager",
-            lambda: optimized_chunk_gated_delta_rule(*inputs, **options, prebuilt_meta=builder.build(loc)),
-        )
+
+        def ours() -> object:
+            return optimized_chunk_gated_delta_rule(*inputs, **options, prebuilt_meta=builder.build(loc))
+
+        def reference() -> object:
+            return chunk_gated_delta_rule(*inputs, **options, cu_seqlens=loc, compute_dtype=torch.float32)
+
         if peer == "chunked reference":
-            return ours, (
-                peer,
-                lambda: chunk_gated_delta_rule(
-                    *inputs, **options, cu_seqlens=loc, compute_dtype=torch.float32
-                ),
-            )
+            return Pair("eager", ours, peer, reference)
         function = load_transformers_chunk_gated_delta_rule()
         bounds = list(zip(loc.tolist(), loc.tolist()[1:], strict=False))
 
@@ -260,7 +277,7 @@ def _eager_contest(peer: str, num_heads: int, num_value_heads: int) -> Contest:
             )
             function(*tensors, **options)
 
-        return ours, (peer, padded if peer.endswith("padded") else once_a_sequence)
+        return Pair("eager", ours, peer, padded if peer.endswith("padded") else once_a_sequence)
 
     return Contest(
         f"eager, 64 sequences of 1 to 512 tokens, H {num_heads}, HV {num_value_heads}, against {peer}", start
@@ -313,13 +330,16 @@ def _plot(results: Sequence[Result], path: Path) -> None:
     from matplotlib.figure import Figure
 
     measured = [r for r in results if not r.skipped][::-1]
-    figure = Figure(figsize=(9, 0.8 + 0.5 * len(measured)), layout="constrained")
+    figure = Figure(figsize=(12, 1 + 0.45 * len(measured)), layout="constrained")
     axes = figure.add_subplot()
     ratios = np.array([r.ratio for r in measured]).reshape(-1, 3)
     errors = np.abs(ratios[:, [0, 2]] - ratios[:, [1]]).T
-    bars = axes.barh([r.name for r in measured], ratios[:, 1], xerr=errors, color="#4c78a8", ecolor="#222222")
+    bars = axes.barh(
+        [r.name for r in measured], ratios[:, 1] - 1, left=1, xerr=errors, color="#4c78a8", ecolor="#222222"
+    )
     axes.bar_label(bars, labels=[f"{median:.3g}" for median in ratios[:, 1]], padding=4)
     axes.axvline(1, color="#222222", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("times faster than the peer (log scale); bars: median, lines: quartiles")
+    axes.margins(x=0.1)
+    axes.set_xlabel("times faster than the peer (bars: median, lines: quartiles)")
     figure.savefig(path)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -97,6 +98,14 @@ def load_vllm_ascend_builder(
         return upstream._build_non_spec_chunked_prefill_meta(builder, non_spec_query_start_loc)
 
     return build
+
+
+def count_vllm_ascend_copies(build: Callable[[torch.Tensor], object], query_start_loc: torch.Tensor) -> int:
+    """How many host-to-device copies one call of `load_vllm_ascend_builder`'s result makes."""
+    buffer = _vllm_ascend_metadata_module().CpuGpuBuffer
+    with mock.patch.object(buffer, "copy_to_gpu", autospec=True, side_effect=buffer.copy_to_gpu) as copy:
+        build(query_start_loc)
+    return copy.call_count
 
 
 def load_transformers_chunk_gated_delta_rule() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:

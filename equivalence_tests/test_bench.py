@@ -22,14 +22,14 @@ def test_turn_is_the_median_call(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_result_is_the_ratio_of_the_peer_to_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = iter([1.0, 2.0, 1.0, 4.0, 1.0, 8.0])
     monkeypatch.setattr(bench, "_turn", lambda call: next(turns))
-    calls = (("ours", lambda: None), ("peer", lambda: None))
-    result = bench._measure(bench.Contest("x", lambda: calls), 3, lambda: None, require=True)
+    pair = bench.Pair("ours", lambda: None, "peer", lambda: None)
+    result = bench._measure(bench.Contest("x", lambda: pair), 3, lambda: None, require=True)
     assert (result.ours, result.ours_ms, result.peer, result.peer_ms) == ("ours", 1e3, "peer", 4e3)
     assert result.ratio == (3.0, 4.0, 6.0)
 
 
 def test_missing_peer_is_skipped_with_the_reason_unless_it_is_required() -> None:
-    def start() -> bench.Calls:
+    def start() -> bench.Pair:
         raise UnavailableError("not here")
 
     contest = bench.Contest("x", start)

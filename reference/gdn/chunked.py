@@ -97,6 +97,7 @@ def chunk_gated_delta_rule(
     Ai = stages.solve_tril(A, compute_dtype=compute_dtype)
     # 4.
     w, u = stages.recompute_w_u(k, v, g, beta, Ai, compute_dtype=compute_dtype)
+    del v, A, Ai  # their memory is used again: fresh memory costs more than arithmetic
     # 5.
     h, v_new, final_state = stages.chunk_delta_h(
         k,
@@ -107,6 +108,7 @@ def chunk_gated_delta_rule(
         initial_state=initial_state,
         compute_dtype=compute_dtype,
     )
+    del w, u
     # 6.
     o = stages.chunk_fwd_o(q, k, v_new, h, g, scale=scale, compute_dtype=compute_dtype)
     # 7.

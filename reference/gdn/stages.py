@@ -16,6 +16,8 @@ themselves. bfloat16 and float16 model a matrix unit: operands of a product and 
 would store between stages are rounded to that dtype, sums, decays and the state stay float32.
 """
 
+from itertools import pairwise
+
 import torch
 
 from ..errors import invalid_argument
@@ -68,7 +70,7 @@ def pairwise_decay(g: torch.Tensor) -> torch.Tensor:
     """
     BT = g.shape[-1]
     after_j = torch.ones(BT, BT, dtype=torch.bool, device=g.device).tril(-1)
-    return torch.where(after_j, g[..., :, None], 0.0).cumsum(dim=-2).exp_().tril_()
+    return torch.where(after_j, g[..., :, None], 0.0).cumsum_(dim=-2).exp_().tril_()
 
 
 def to_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], chunk_size: int) -> torch.Tensor:
@@ -85,6 +87,8 @@ def to_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], chunk_size:
     Raises:
         InvalidArgumentError: for cu_seqlens or chunk_size out of their domain.
     """
+    if not isinstance(x, torch.Tensor) or x.ndim not in (2, 3):
+        invalid_argument("x", getattr(x, "shape", type(x).__name__), "a tensor [T, heads] or [T, heads, D]")
     T, heads = x.shape[:2]
     rows = _chunk_rows(cu_seqlens, chunk_size, heads, T, x.device)
     chunks = x.flatten(0, 1).index_select(0, rows.flatten().clamp(max=T * heads - 1)).unflatten(0, rows.shape)
@@ -106,6 +110,7 @@ def from_chunks(x: torch.Tensor, cu_seqlens: torch.Tensor | list[int], num_token
     Raises:
         InvalidArgumentError: for cu_seqlens out of its domain, or a number of chunks that does not fit it.
     """
+    check_tensor("x", x, 4, FLOAT_DTYPES)
     NT, heads, BT, D = x.shape
     rows = _chunk_rows(cu_seqlens, BT, heads, num_tokens, x.device)
     if len(rows) != NT:
@@ -207,8 +212,8 @@ def recompute_w_u(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The chunk as one update of rank BT: what each token writes, before the incoming state is known.
 
-    w = Ai (beta exp(cumsum g) k)    reads the incoming state
-    u = Ai (beta v)                  writes values
+    w = Ai diag(beta exp(cumsum g)) k    reads the incoming state
+    u = Ai diag(beta) v                  writes values
 
     Args:
         k: keys `[NT, HV, BT, K]`.
@@ -231,8 +236,8 @@ def recompute_w_u(
         Ai=(Ai, "NT HV BT BT"),
     )
     decay = chunk_local_cumsum(g).exp()
-    w = matmul(Ai, (beta * decay)[..., None] * k, compute_dtype)
-    u = matmul(Ai, beta[..., None] * v, compute_dtype)
+    w = matmul(Ai * (beta * decay)[..., None, :], k, compute_dtype)
+    u = matmul(Ai * beta[..., None, :], v, compute_dtype)
     return round_to(w, compute_dtype), round_to(u, compute_dtype)
 
 
@@ -267,17 +272,18 @@ def chunk_delta_h(
     _check_carry(chunk_offsets, initial_state, sizes)
     h = k.new_empty(*k.shape[:2], k.shape[-1], u.shape[-1])
     v_new = torch.empty_like(u)
-    final_state = initial_state.to(accumulation_dtype(compute_dtype), copy=True)
+    final_state = h.new_empty(initial_state.shape)
     after = torch.cat([g[..., 1:], torch.zeros_like(g[..., :1])], dim=-1)
     to_end = after.flip(-1).cumsum(dim=-1).flip(-1).exp()[..., None]
     whole = g.sum(dim=-1).exp()[..., None, None]
-    for n, state in enumerate(final_state):
-        for c in range(chunk_offsets[n], chunk_offsets[n + 1]):
-            h[c] = round_to(state, compute_dtype)
+    for n, (first, end) in enumerate(pairwise(chunk_offsets)):
+        states = [*h[first:end], final_state[n]]
+        states[0].copy_(initial_state[n])
+        for c, state, next_state in zip(range(first, end), states, states[1:], strict=False):
             v_new[c] = round_to(u[c] - matmul(w[c], state, compute_dtype), compute_dtype)
             update = matmul(k[c].mT, to_end[c] * v_new[c], compute_dtype)
-            state.mul_(whole[c]).add_(update)
-    return h, v_new, final_state
+            torch.addcmul(update, whole[c], state, out=next_state)
+    return round_to(h, compute_dtype), v_new, final_state
 
 
 def _check_carry(chunk_offsets: list[int], initial_state: torch.Tensor, sizes: dict[str, int]) -> None:
