@@ -29,6 +29,7 @@ from ..optimized.gdn import ChunkMetadata, ChunkMetadataBuilder, open_device
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule, metadata
+from .output_files import check_writable, write_atomically
 from .peers import (
     count_vllm_ascend_copies,
     load_transformers_chunk_gated_delta_rule,
@@ -99,9 +100,10 @@ def run_bench(
     contests = [c for c in CONTESTS if not only or any(name in c.name for name in only)]
     if not contests:
         invalid_argument("--only", ", ".join(only), "part of one of: " + "; ".join(c.name for c in CONTESTS))
-    for path in (json_path, plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            invalid_argument("output file", str(path), "a file in a folder that exists")
+    if json_path is not None:
+        check_writable("--json", json_path)
+    if plot is not None:
+        check_writable("--plot", plot, (".png", ".svg", ".pdf"))
     if threads is not None:
         torch.set_num_threads(threads)
     results = []
@@ -119,9 +121,10 @@ def run_bench(
             "rounds": rounds,
             "results": [dataclasses.asdict(r) for r in results],
         }
-        json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(report, indent=2) + "\n"
+        write_atomically("--json", json_path, lambda path: path.write_text(text, encoding="utf-8"))
     if plot is not None:
-        _plot(results, plot)
+        write_atomically("--plot", plot, lambda path: _plot(results, path))
 
 
 def _measure(contest: Contest, rounds: int, advance: Callable[[], None], require: bool) -> Result:

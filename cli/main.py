@@ -45,8 +45,8 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Gated delta rule prefill for Ascend NPUs: a plain version that says what is right, the optimized one
-    that runs in production, and the proof that they agree.
+    """Gated delta rule prefill for Ascend NPUs: a plain version that says what is right, an optimized one fed
+    by prebuilt metadata as in production, and the proof that they agree.
 
     \b
     ascend-twin doctor    what can run on this machine, and what cannot, and why
@@ -89,10 +89,12 @@ def verify(
     dtype: Annotated[
         str, typer.Option(help="Of q, k, v and beta: bfloat16, float16, float32, float64.")
     ] = "bfloat16",
-    num_heads: Annotated[int, typer.Option(min=1, help="Query/key heads H.")] = 16,
-    num_value_heads: Annotated[int, typer.Option(min=1, help="Value heads HV, a multiple of H.")] = 32,
-    head_dim_k: Annotated[int, typer.Option(min=1, help="Dim K of a query/key head.")] = 128,
-    head_dim_v: Annotated[int, typer.Option(min=1, help="Dim V of a value head.")] = 128,
+    num_heads: Annotated[int, typer.Option(min=1, max=1024, help="Query/key heads H.")] = 16,
+    num_value_heads: Annotated[
+        int, typer.Option(min=1, max=1024, help="Value heads HV, a multiple of H.")
+    ] = 32,
+    head_dim_k: Annotated[int, typer.Option(min=1, max=1024, help="Dim K of a query/key head.")] = 128,
+    head_dim_v: Annotated[int, typer.Option(min=1, max=1024, help="Dim V of a value head.")] = 128,
     json: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also write the result there (cli/verify.py: the fields)."),

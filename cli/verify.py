@@ -20,7 +20,6 @@ The file written by `--json` holds one object:
 import dataclasses
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -48,6 +47,7 @@ from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn.inputs import check_choice
 from ..scheduler.prefill_steps import PrefillStep, prefill_steps
 from ..scheduler.workload import generate_requests, read_trace
+from .output_files import check_writable, write_atomically
 
 # Steps of the workload, and the seed; None is a fresh one.
 PROFILES: dict[str, tuple[int, int | None]] = {"dev": (10, 0), "ci": (30, 0), "nightly": (300, None)}
@@ -65,6 +65,7 @@ CORNERS: tuple[dict[str, Any], ...] = (
     {"seq_lens": (100, 1, 0, 65), "gates": "mixed", "betas": "mixed"},
     {"seq_lens": (63, 64, 65), "keys": "identical", "betas": "one"},
     {"seq_lens": (130, 64), "gates": "forget", "initial_state": False, "V": 32},
+    {"seq_lens": (1100, 0, 1)},
     {"seq_lens": (65, 0, 127), "gates": "steep", "initial_state": (False, True, True)},
 )
 
@@ -188,7 +189,8 @@ def run_verify(options: Options) -> int:
         typer.echo(f"\n{failure['message']}")
         typer.echo(f"\nThis reproduces it:\n\n{failure['code']}" if failure["code"] else "")
     if plan.options.json:
-        _write_atomically(plan.options.json, _as_json(plan, suites, covered, failure, seconds))
+        text = json.dumps(_as_json(plan, suites, covered, failure, seconds), indent=2, allow_nan=False) + "\n"
+        write_atomically("--json", plan.options.json, lambda path: path.write_text(text, encoding="utf-8"))
     return 1 if failure else 0
 
 
@@ -232,7 +234,7 @@ def _prepare(options: Options) -> _Plan:
         invalid_argument("--num-value-heads", options.HV, f"a multiple of --num-heads = {options.H}")
     device = open_device(options.device)
     if options.json:
-        _check_writable(options.json)
+        check_writable("--json", options.json)
     profile_cases, profile_seed = PROFILES[options.profile]
     if options.seed is None:
         fresh = random.SystemRandom().randrange(2**31)
@@ -403,12 +405,16 @@ def _table(suites: list[Suite]) -> Table:
             s.name,
             str(s.batches),
             *(errors or ("exact" if s.name == "metadata" else "", "")),
-            f"{nearest.usage:.1%}" if nearest else "",
+            _percent(nearest.usage) if nearest else "",
             s.problem or (nearest.where if nearest else ""),
         )
         result = Text(f"{s.failed} DIFFER", "bold red") if s.failed else Text("agree", "green")
         table.add_row(*(Text(cell) for cell in cells), result)
     return table
+
+
+def _percent(part: float) -> str:
+    return f"{part:.1%}" if part < 10 else "> 1000%"
 
 
 def _as_json(
@@ -450,31 +456,3 @@ def _worst_as_json(worst: Worst | None) -> dict[str, Any] | None:
     if worst is None:
         return None
     return {**dataclasses.asdict(worst), "error": worst.error if math.isfinite(worst.error) else None}
-
-
-def _check_writable(path: Path) -> None:
-    """Raise unless the folder takes files and nothing else than a file is in the way."""
-    try:
-        if path.exists() and not path.is_file():
-            invalid_argument("--json", path, "a file; this is something else")
-        temporary = _temporary(path)
-        temporary.touch(exist_ok=False)
-        temporary.unlink()
-    except OSError as error:
-        invalid_argument("--json", path, f"a file that can be written ({error.strerror or error})")
-
-
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    temporary = _temporary(path)
-    try:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        invalid_argument("--json", path, f"a file that can be written ({error.strerror or error})")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    """A file beside `path`, so that replacing is one step."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..optimized.gdn import IMPLEMENTATIONS
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
 from ..optimized.gdn.metadata import ChunkMetadata, ChunkMetadataBuilder
 from ..reference.errors import AscendTwinError, invalid_argument
@@ -165,10 +166,9 @@ def truth_of(case: PrefillCase, inputs: Inputs) -> Truth:
 
 
 def reference_errors(
-    case: PrefillCase, inputs: Inputs, o: torch.Tensor, state: torch.Tensor
+    case: PrefillCase, inputs: Inputs, o: torch.Tensor, state: torch.Tensor, dtype: torch.dtype
 ) -> tuple[Errors, Errors]:
-    """Errors of o and final_state that the chunked reference makes in the dtype of the case."""
-    dtype = DTYPES[case.dtype]
+    """Errors of o and final_state that the chunked reference makes when it runs in `dtype`."""
     chunked_o, chunked_state = _run(chunk_gated_delta_rule, case, inputs, compute_dtype=dtype)
     bounds, none = case.bounds, Errors(0.0, 0.0)
     return (
@@ -193,14 +193,21 @@ def compare_prefill(
     actual_o: torch.Tensor,
     actual_state: torch.Tensor | None,
     truth: Truth | None = None,
+    *,
+    rounds_operands: bool = True,
 ) -> list[Comparison]:
     """Compare the results of an implementation for a case with the truth, within the limits of its dtype.
 
-    `truth` is `truth_of(case, inputs)`, computed here unless given.
+    `truth` is `truth_of(case, inputs)`, computed here unless given. Without `rounds_operands` the state is
+    nowhere rounded to the dtype of the case, and is held to the limits of float32.
     """
     dtype = DTYPES[case.dtype]
     o, state = truth_of(case, inputs) if truth is None else truth
-    o_errors, state_errors = reference_errors(case, inputs, o, state)
+    o_errors, state_errors = reference_errors(case, inputs, o, state, dtype)
+    operands = dtype
+    if not rounds_operands and dtype in (torch.float16, torch.bfloat16):
+        operands = torch.float32
+        _, state_errors = reference_errors(case, inputs, o, state, operands)
     if isinstance(actual_state, torch.Tensor):
         actual_state = actual_state.cpu()
     return [
@@ -209,8 +216,8 @@ def compare_prefill(
             actual_state,
             state,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-            operands=dtype,
-            limit=limit(dtype, state_errors),
+            operands=operands,
+            limit=limit(operands, state_errors),
         ),
     ]
 
@@ -292,7 +299,9 @@ def check_prefill(
     truth = truth_of(case, inputs)
     return Outcome(
         case,
-        compare_prefill(case, inputs, o, state, truth),
+        compare_prefill(
+            case, inputs, o, state, truth, rounds_operands=IMPLEMENTATIONS[implementation].rounds_operands
+        ),
         differences,
         compare_reference(case, inputs, truth) if check_reference else (),
     )

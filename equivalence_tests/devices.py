@@ -172,7 +172,7 @@ class SimulatedDevice:
 
     Attributes:
         torch_device: `meta`, so that nothing computes on its tensors by accident.
-        default_stream: where PyTorch calls on its tensors are queued.
+        default_stream: where PyTorch calls on its tensors are queued, unless `stream` says otherwise.
         copied_bytes: the size of each host-to-device copy queued so far.
     """
 
@@ -183,6 +183,7 @@ class SimulatedDevice:
     _pinned: list[np.ndarray] = field(default_factory=list)
     _free_pinned: list[np.ndarray] = field(default_factory=list)
     _forbidding: bool = False
+    _current_stream: SimulatedStream | None = None
 
     def __post_init__(self) -> None:
         self._streams.append(self.default_stream)
@@ -208,7 +209,7 @@ class SimulatedDevice:
     def device_empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         contents, memory = torch.empty(size, dtype=dtype), _Memory()
         # As from a caching allocator: work queued earlier on this stream may still use the memory.
-        self._queue(self.default_stream, lambda: _poison(contents), [memory])
+        self._queue(self.current_stream(), lambda: _poison(contents), [memory])
         return SimulatedTensor(self, contents, memory)
 
     def to_device(self, x: torch.Tensor) -> torch.Tensor:
@@ -240,7 +241,16 @@ class SimulatedDevice:
         return self._streams[-1]
 
     def current_stream(self) -> SimulatedStream:
-        return self.default_stream
+        return self._current_stream or self.default_stream
+
+    @contextmanager
+    def stream(self, stream: SimulatedStream) -> Iterator[None]:
+        """Make `stream` the current one: PyTorch calls are queued on it."""
+        previous, self._current_stream = self._current_stream, stream
+        try:
+            yield
+        finally:
+            self._current_stream = previous
 
     def new_event(self) -> SimulatedEvent:
         return SimulatedEvent()
@@ -365,7 +375,7 @@ class SimulatedDevice:
                 for target, value in zip(targets, values, strict=True):
                     target.copy_(value)
 
-        self._queue(self.default_stream, work, written)
+        self._queue(self.current_stream(), work, written)
         return result
 
 

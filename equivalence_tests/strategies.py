@@ -11,7 +11,7 @@ from ..optimized.gdn.kernels.block_sizes import CHUNK_SIZE, SOLVE_TRIL_BLOCK_SIZ
 from .cases import BETAS, DTYPES, GATES, KEYS, PrefillCase
 
 SEEDS = st.integers(0, 2**16)
-HEADS = ((1, 1), (1, 2), (2, 2), (2, 4), (1, 3))
+HEADS = ((1, 1), (1, 2), (2, 2), (2, 4), (1, 3), (3, 6))
 HEAD_DIMS = ((16, 16), (16, 32), (32, 16), (8, 24))
 
 

@@ -54,7 +54,12 @@ def test_bench_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--only", "nothing"], "--only is nothing"), (["--json", "/no/such/folder/x"], "/no/such/folder/x")],
+    [
+        (["--only", "nothing"], "--only is nothing"),
+        (["--json", "/no/such/folder/x"], "--json is /no/such/folder/x"),
+        (["--json", "/"], "--json is /"),
+        (["--plot", "x.foo"], "--plot is x.foo"),
+    ],
 )
 def test_bench_refuses_before_it_measures(
     arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch

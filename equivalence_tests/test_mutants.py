@@ -18,7 +18,6 @@ from ascend_twin.equivalence_tests.cases import (
 )
 from ascend_twin.equivalence_tests.strategies import prefill_cases
 from ascend_twin.optimized.gdn import IMPLEMENTATIONS, ChunkMetadata, ChunkMetadataBuilder
-from ascend_twin.optimized.gdn.chunked import Implementation
 from ascend_twin.optimized.gdn.device import Device, open_device
 from ascend_twin.optimized.gdn.kernels.block_sizes import CHUNK_SIZE
 
@@ -130,6 +129,7 @@ MUTANTS = [
     (padding_read, CASE, "final_state: NaN"),
     (scale_missing, CASE, "o: "),
     (state_kept_in_bfloat16, CASE, "final_state: "),
+    (state_kept_in_bfloat16, replace(CASE, dtype="bfloat16"), "final_state: "),
 ]
 
 Check = Callable[[Callable[..., Result], PrefillCase], Outcome]
@@ -141,8 +141,8 @@ def check(device: Device, monkeypatch: pytest.MonkeyPatch) -> Check:
     builder = ChunkMetadataBuilder(device, max_num_batched_tokens=1024, max_num_seqs=8, num_value_heads=4)
 
     def check(mutant: Callable[..., Result], case: PrefillCase) -> Outcome:
-        run = partial(mutant, IMPLEMENTATIONS["eager"].run)
-        monkeypatch.setitem(IMPLEMENTATIONS, "mutant", Implementation("mutant", "a planted bug", run))
+        changed = replace(IMPLEMENTATIONS["eager"], run=partial(mutant, IMPLEMENTATIONS["eager"].run))
+        monkeypatch.setitem(IMPLEMENTATIONS, "mutant", changed)
         return check_prefill(case, implementation="mutant", builder=builder, device=device.torch_device)
 
     return check

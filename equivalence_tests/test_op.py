@@ -35,9 +35,11 @@ from ascend_twin.optimized.gdn import (
     IMPLEMENTATIONS,
     ChunkMetadataBuilder,
     chunk_gated_delta_rule,
+    open_device,
 )
 from ascend_twin.optimized.gdn import chunked as op_module
 from ascend_twin.optimized.gdn.device import Device
+from ascend_twin.reference.errors import StagingError
 from ascend_twin.reference.gdn import recurrent_gated_delta_rule
 
 Op = Callable[..., Prefill]
@@ -225,7 +227,8 @@ def test_op_ignores_no_option(device: Device, implementation: str, options: dict
 
     actual = results(partial(chunk_gated_delta_rule, implementation=implementation), options)
     assert_agree(actual, results(recurrent_gated_delta_rule, options), case.bounds, REGROUPED)
-    assert not torch.equal(actual[0], results(recurrent_gated_delta_rule, {})[0])
+    default = results(partial(chunk_gated_delta_rule, implementation=implementation), {})
+    assert not torch.equal(actual[0], default[0])
 
 
 def test_op_returns_no_state_unless_asked(implementation: str, device: Device):
@@ -248,3 +251,41 @@ def test_op_says_once_that_metadata_are_built_on_the_spot(
     op(case)(inputs)
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
     assert "ChunkMetadataBuilder" in caplog.text
+
+
+def test_op_equals_the_definition_over_many_chunks(implementation: str, device: Device):
+    case = PrefillCase((1100, 0, 1), V=32)
+    builder = ChunkMetadataBuilder(device, 2048, 4, case.HV)
+    outcome = check_prefill(case, implementation=implementation, builder=builder, device=device.torch_device)
+    assert outcome.passed, str(outcome)
+
+
+def test_op_takes_a_scale_of_zero(op: Op):
+    case = PrefillCase((70,))
+    assert not op(case, scale=0.0)(case.inputs())[0].count_nonzero()
+
+
+def test_op_refuses_metadata_that_were_released(op: Op, builder: ChunkMetadataBuilder):
+    case = PrefillCase((70,))
+    inputs = case.inputs()
+    metadata = builder.build(inputs.cu_seqlens)
+    metadata.release()
+    with pytest.raises(StagingError, match="prebuilt_meta was released"):
+        op(case, prebuilt_meta=metadata)(inputs)
+
+
+def test_op_keeps_no_gradient(op: Op):
+    case = PrefillCase((70,))
+    inputs = case.inputs()
+    o, _ = op(case)(inputs._replace(v=inputs.v.requires_grad_()))
+    assert not o.requires_grad
+
+
+def test_op_builds_on_the_host_whatever_the_default_device_is(op: Op):
+    case = PrefillCase((70, 0, 3))
+    inputs = case.inputs()
+    expected = op(case)(inputs)
+    with torch.device("meta"):
+        metadata = ChunkMetadataBuilder(open_device("cpu"), 128, 4, 1).build(inputs.cu_seqlens)
+    assert metadata.cu_seqlens.tolist() == [0, 70, 70, 73]
+    assert torch.equal(op(case)(inputs)[0], expected[0])

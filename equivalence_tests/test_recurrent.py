@@ -171,3 +171,9 @@ def test_recurrent_does_not_round_the_truth(dtype: str):
     for result in prefill_by(recurrent_gated_delta_rule, PrefillCase((5, 2)))(inputs):
         assert result.dtype == torch.float64
         assert (result != result.float()).any()
+
+
+def test_recurrent_takes_a_scale_of_zero():
+    inputs = PrefillCase((5,)).inputs()
+    o, _ = recurrent_gated_delta_rule(*inputs[:5], scale=0.0)
+    assert not o.count_nonzero()

@@ -492,3 +492,24 @@ def test_ring_delivers_what_was_staged_on_the_device_under_test(device: Device) 
     if isinstance(device, SimulatedDevice):
         device.synchronize()
     assert [set(x.tolist()) for x in read] == [{step} for step in range(16)]
+
+
+def test_slot_waits_for_its_own_consumer_when_released_under_another_stream() -> None:
+    device = SimulatedDevice()
+    ring = StagingRing(device, capacity=1, depth=1)
+    consumer, other = device.new_stream(), device.new_stream()
+
+    def fill(value: int) -> Callable[[np.ndarray], None]:
+        return lambda out: out.fill(value)
+
+    with device.stream(consumer):
+        lease = ring.stage(1, fill(7))
+        read = lease.buffer.clone()
+    with device.stream(other):
+        lease.release()
+        ring.stage(1, fill(8))
+        other_event = device.new_event()
+        other_event.record(other)
+    other_event.synchronize()  # the copy of 8 has landed; the consumer of 7 must have read before
+    device.synchronize()
+    assert read.tolist() == [7]

@@ -1,1 +1,1 @@
-"""What is fast: the implementation that runs in production, fed by prebuilt metadata."""
+"""What is fast: the implementations that are fed by prebuilt metadata."""

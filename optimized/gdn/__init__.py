@@ -1,6 +1,6 @@
-"""Gated delta rule prefill as it runs in production: prebuilt metadata, staging, and the op they feed."""
+"""Gated delta rule prefill fed as in production: prebuilt metadata, staging, and the op that reads them."""
 
-from .chunked import IMPLEMENTATIONS, chunk_gated_delta_rule
+from .chunked import IMPLEMENTATIONS, Implementation, chunk_gated_delta_rule
 from .device import forbid_host_sync, open_device
 from .metadata import ChunkMetadata, ChunkMetadataBuilder
 from .staging import StagingRing
@@ -9,6 +9,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "ChunkMetadata",
     "ChunkMetadataBuilder",
+    "Implementation",
     "StagingRing",
     "chunk_gated_delta_rule",
     "forbid_host_sync",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...reference.errors import invalid_argument
+from ...reference.errors import StagingError, invalid_argument
 from ...reference.gdn.inputs import (
     check_choice,
     check_cu_seqlens,
@@ -30,23 +30,30 @@ class Implementation:
         name: what `implementation=` calls it.
         summary: one line for people.
         run: the function; the signature is that of `eager_chunk_gated_delta_rule`.
+        rounds_operands: whether it rounds the operands of its products to the dtype of q, as a matrix unit
+            does. If not, its states are held to the limits of float32. Default: True.
     """
 
     name: str
     summary: str
     run: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rounds_operands: bool = True
 
 
 IMPLEMENTATIONS = {
     implementation.name: implementation
     for implementation in (
         Implementation(
-            "eager", "PyTorch over prebuilt metadata, on any device", eager_chunk_gated_delta_rule
+            "eager",
+            "PyTorch over prebuilt metadata, on any device",
+            eager_chunk_gated_delta_rule,
+            rounds_operands=False,
         ),
     )
 }
 
 
+@torch.no_grad()
 def chunk_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -63,7 +70,7 @@ def chunk_gated_delta_rule(
     prebuilt_meta: ChunkMetadata | None = None,
     implementation: str = "eager",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gated delta rule prefill, fed by prebuilt chunk metadata.
+    """Gated delta rule prefill, fed by prebuilt chunk metadata; for inference only, no gradient is kept.
 
     Args:
         q: queries `[B, T, H, K]`, float64, float32, float16 or bfloat16.
@@ -89,7 +96,9 @@ def chunk_gated_delta_rule(
         unless asked for), float32, or float64 for float64 input.
 
     Raises:
-        InvalidArgumentError: for an argument that does not fit, with its name, value and what is allowed.
+        InvalidArgumentError: for an argument that does not fit, with its name, value and what is allowed; the
+            values of g and beta are not read, to not wait for the device.
+        StagingError: for prebuilt_meta that was released.
     """
     check_choice("implementation", implementation, tuple(IMPLEMENTATIONS))
     check_eps(eps)
@@ -116,6 +125,8 @@ def chunk_gated_delta_rule(
 
 def _check_metadata(metadata: ChunkMetadata, q: torch.Tensor, num_sequences: int) -> None:
     """Check what is known on the host of prebuilt metadata against the call."""
+    if metadata.released:
+        raise StagingError("prebuilt_meta was released: its buffer may already hold another step's metadata")
     if metadata.cu_seqlens.device != q.device:
         invalid_argument(
             "prebuilt_meta.cu_seqlens.device", metadata.cu_seqlens.device, f"{q.device}, where q is"
@@ -144,4 +155,4 @@ def _build_on_the_spot(
     builder = ChunkMetadataBuilder(
         open_device(str(q.device)), max(1, bounds[-1]), max(1, len(bounds) - 1), num_value_heads, depth=1
     )
-    return builder.build(torch.tensor(bounds, dtype=torch.int64))
+    return builder.build(torch.tensor(bounds, dtype=torch.int64, device="cpu"))

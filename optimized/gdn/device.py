@@ -94,10 +94,10 @@ class CpuDevice:
     _done = _Done()
 
     def host_empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device="cpu")
 
     def device_empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device="cpu")
 
     def new_stream(self) -> Stream:
         return self._done
@@ -126,7 +126,7 @@ class TorchAccelerator:
         self.torch_device = torch_device
 
     def host_empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, pin_memory=True)
+        return torch.empty(size, dtype=dtype, device="cpu", pin_memory=True)
 
     def device_empty(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=self.torch_device)

@@ -49,6 +49,11 @@ class ChunkMetadata:
     seq_lens_host: np.ndarray
     _lease: Lease
 
+    @property
+    def released(self) -> bool:
+        """Whether `release` was called: the views may hold another step's metadata."""
+        return self._lease.released
+
     def release(self) -> None:
         """Say that all work that reads this metadata has been launched: its buffer may be used again."""
         self._lease.release()
@@ -105,6 +110,8 @@ class ChunkMetadataBuilder:
         num_value_heads: int,
         depth: int = 2,
     ) -> None:
+        if isinstance(device, (str, torch.device)):
+            invalid_argument("device", repr(device), f"a Device, such as open_device({str(device)!r})")
         for name, value in (
             ("max_num_batched_tokens", max_num_batched_tokens),
             ("max_num_seqs", max_num_seqs),

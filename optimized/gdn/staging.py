@@ -48,6 +48,11 @@ class Lease:
         self._slot: _Slot | None = slot
         self._consumer = consumer
 
+    @property
+    def released(self) -> bool:
+        """Whether the slot was given back: its buffer may hold another step's data."""
+        return self._slot is None
+
     def release(self) -> None:
         """Give the slot back: all work that reads it has been launched. Releasing twice does nothing."""
         slot, self._slot = self._slot, None
