@@ -95,7 +95,7 @@ def run_bench(
 
     Raises:
         InvalidArgumentError: for a name that fits no contest, or a file that cannot be written.
-        UnavailableError: when a peer is missing and `require` is set; before anything is measured.
+        UnavailableError: when `require` is set and the peer of a contest is missing; once its turn comes.
     """
     contests = [c for c in CONTESTS if not only or any(name in c.name for name in only)]
     if not contests:
@@ -180,8 +180,8 @@ def _query_start_loc(seq_lens: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(seq_lens).tolist()], dtype=torch.int32)
 
 
-def _builder(seq_lens: Sequence[int]) -> ChunkMetadataBuilder:
-    return ChunkMetadataBuilder(open_device("cpu"), sum(seq_lens), len(seq_lens), HV)
+def _builder(seq_lens: Sequence[int], num_value_heads: int) -> ChunkMetadataBuilder:
+    return ChunkMetadataBuilder(open_device("cpu"), sum(seq_lens), len(seq_lens), num_value_heads)
 
 
 def _metadata_contest(num_seqs: int, peer: str) -> Contest:
@@ -189,7 +189,7 @@ def _metadata_contest(num_seqs: int, peer: str) -> Contest:
 
     def start() -> Pair:
         seq_lens = _seq_lens(num_seqs, num_tokens)
-        loc, builder = _query_start_loc(seq_lens), _builder(seq_lens)
+        loc, builder = _query_start_loc(seq_lens), _builder(seq_lens, HV)
 
         def ours() -> object:
             return builder.build(loc)
@@ -250,7 +250,7 @@ def _eager_contest(peer: str, num_heads: int, num_value_heads: int) -> Contest:
         seq_lens = np.random.default_rng(SEED).integers(1, 513, 64).tolist()
         inputs = _tensors(sum(seq_lens), num_heads, num_value_heads, torch.bfloat16)
         loc = _query_start_loc(seq_lens)
-        builder = ChunkMetadataBuilder(open_device("cpu"), sum(seq_lens), len(seq_lens), num_value_heads)
+        builder = _builder(seq_lens, num_value_heads)
         options: dict[str, Any] = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
 
         def ours() -> object:

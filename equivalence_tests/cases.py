@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -160,16 +159,30 @@ class EquivalenceError(AscendTwinError, AssertionError):
     """A case on which an implementation and the reference differ; the message says where and by how much."""
 
 
+def run_case(
+    function: Callable[..., Any], case: PrefillCase, inputs: Inputs, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and final_state of a prefill function, with the options of a case and `options`."""
+    return function(
+        *inputs[:5],
+        initial_state=inputs.initial_state,
+        cu_seqlens=inputs.cu_seqlens,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=case.use_qk_l2norm_in_kernel,
+        **options,
+    )
+
+
 def truth_of(case: PrefillCase, inputs: Inputs) -> Truth:
     """o and final_state by the definition, in float64, on the rounded inputs."""
-    return _run(recurrent_gated_delta_rule, case, inputs)
+    return run_case(recurrent_gated_delta_rule, case, inputs)
 
 
 def reference_errors(
     case: PrefillCase, inputs: Inputs, o: torch.Tensor, state: torch.Tensor, dtype: torch.dtype
 ) -> tuple[Errors, Errors]:
     """Errors of o and final_state that the chunked reference makes when it runs in `dtype`."""
-    chunked_o, chunked_state = _run(chunk_gated_delta_rule, case, inputs, compute_dtype=dtype)
+    chunked_o, chunked_state = run_case(chunk_gated_delta_rule, case, inputs, compute_dtype=dtype)
     bounds, none = case.bounds, Errors(0.0, 0.0)
     return (
         compare_o(chunked_o, o, dtype=dtype, bounds=bounds, limit=none).errors,
@@ -179,7 +192,7 @@ def reference_errors(
 
 def compare_reference(case: PrefillCase, inputs: Inputs, truth: Truth) -> list[Comparison]:
     """Compare the chunked reference in float64 with the truth: the two plain statements of the rule."""
-    o, state = _run(chunk_gated_delta_rule, case, inputs)
+    o, state = run_case(chunk_gated_delta_rule, case, inputs)
     float64 = torch.float64
     return [
         compare_o(o, truth[0], dtype=float64, bounds=case.bounds, limit=limit(float64)),
@@ -227,6 +240,8 @@ def metadata_differences(
 ) -> list[str]:
     """Where prebuilt metadata is not what the definition says, in value or dtype; exact."""
     chunk, large, cumsum = block_sizes
+    is_kept = torch.tensor(bounds[1:]) > torch.tensor(bounds[:-1])
+    host_bounds = metadata.cu_seqlens_kern or metadata.cu_seqlens_host
     expected = {
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
         "chunk_indices_chunk64": reference_metadata.chunk_indices(bounds, chunk),
@@ -235,34 +250,28 @@ def metadata_differences(
         "final_chunk_indices_chunk64": reference_metadata.final_chunk_indices(bounds, chunk),
         "chunk_indices_large_block": reference_metadata.chunk_indices(bounds, large),
         "block_indices_cumsum": reference_metadata.chunk_indices(bounds, cumsum),
-    }
-    if any(start == end for start, end in pairwise(bounds)):
-        expected["keep_meta"] = torch.tensor(bounds[1:]) > torch.tensor(bounds[:-1])
-    elif metadata.keep_meta is not None:
-        return ["keep_meta is a tensor, expected None: no sequence is empty"]
-    host_bounds = metadata.cu_seqlens_kern or metadata.cu_seqlens_host
-    expected_host = {
+        "keep_meta": None if is_kept.all() else is_kept,
         "cu_seqlens_host": tuple(bounds),
         "chunk_indices_chunk64_host": tuple(
             reference_metadata.chunk_indices(host_bounds, chunk).flatten().tolist()
         ),
     }
-    differences = [
-        f"{name} is {getattr(metadata, name)}, expected {wanted}"
-        for name, wanted in expected_host.items()
-        if getattr(metadata, name) != wanted
+    found = {name: getattr(metadata, name) for name in expected}
+    return [
+        f"{name} is {_in_full(found[name])}, expected {_in_full(wanted)}"
+        for name, wanted in expected.items()
+        if not _is_same(found[name], wanted)
     ]
-    for name, wanted in expected.items():
-        found = getattr(metadata, name)
-        if found is None:
-            differences.append(f"{name} is None, expected {wanted.dtype} {wanted.tolist()}")
-            continue
-        found = found.cpu()
-        if found.dtype != wanted.dtype or found.shape != wanted.shape or not torch.equal(found, wanted):
-            differences.append(
-                f"{name} is {found.dtype} {found.tolist()}, expected {wanted.dtype} {wanted.tolist()}"
-            )
-    return differences
+
+
+def _is_same(found: object, wanted: object) -> bool:
+    if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
+        return type(found) is type(wanted) and found == wanted
+    return found.dtype == wanted.dtype and found.shape == wanted.shape and torch.equal(found.cpu(), wanted)
+
+
+def _in_full(x: object) -> str:
+    return f"{x.dtype} {x.tolist()}" if isinstance(x, torch.Tensor) else str(x)
 
 
 def check_prefill(
@@ -287,12 +296,10 @@ def check_prefill(
     differences = metadata_differences(metadata, case.bounds, builder.block_sizes)
     if differences:  # the op would read and write wherever they point
         return Outcome(case, [], differences)
-    there = inputs.to(device)
-    o, state = optimized_chunk_gated_delta_rule(
-        *there[:5],
-        initial_state=there.initial_state,
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=case.use_qk_l2norm_in_kernel,
+    o, state = run_case(
+        optimized_chunk_gated_delta_rule,
+        case,
+        inputs.to(device),
         prebuilt_meta=metadata,
         implementation=implementation,
     )
@@ -345,14 +352,3 @@ def _simpler(case: PrefillCase) -> list[PrefillCase]:
         ):
             variants.append(replace(case, seq_lens=(*lens[:n], shorter, *lens[n + 1 :])))
     return [c for c in variants if c.HV % c.H == 0]
-
-
-def _run(function: Callable[..., Any], case: PrefillCase, inputs: Inputs, **kwargs: Any) -> tuple[Any, Any]:
-    return function(
-        *inputs[:5],
-        initial_state=inputs.initial_state,
-        cu_seqlens=inputs.cu_seqlens,
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=case.use_qk_l2norm_in_kernel,
-        **kwargs,
-    )

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from ..reference.gdn import recurrent_gated_delta_rule, recurrent_gated_delta_rule_decode
-from .cases import Inputs, PrefillCase
+from .cases import Inputs, PrefillCase, run_case
 from .compare import compare_o, compare_state
 from .strategies import prefill_cases
 from .tolerances import Errors, limit
@@ -38,15 +38,7 @@ def prefill_by(
     """`function` with the options of a case and `options`, run on `device`, its results on the CPU."""
 
     def prefill(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        there = inputs.to(device)
-        o, final_state = function(
-            *there[:5],
-            initial_state=there.initial_state,
-            cu_seqlens=there.cu_seqlens,
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=case.use_qk_l2norm_in_kernel,
-            **options,
-        )
+        o, final_state = run_case(function, case, inputs.to(device), **options)
         return o.cpu(), final_state.cpu()
 
     return prefill
