@@ -32,6 +32,8 @@ class ChunkMetadata:
         keep_meta: `[N]` bool on the device, False for empty sequences; None when there are none.
         num_decodes: leading sequences that decode one token.
         seq_lens_host: `[N]` int64 numpy array on the host, tokens of each sequence.
+        block_sizes: tokens a block of chunk_indices_chunk64, chunk_indices_large_block and
+            block_indices_cumsum.
 
     Source: field names as read by vllm-ascend's wrappers, version 0.18.0 (ops/triton/fla/chunk.py) and later
         (ops/gdn_attn_builder.py), so that this object can be their `prebuilt_meta`.
@@ -47,6 +49,7 @@ class ChunkMetadata:
     keep_meta: torch.Tensor | None
     num_decodes: int
     seq_lens_host: np.ndarray
+    block_sizes: tuple[int, int, int]
     _lease: Lease
 
     @property
@@ -95,8 +98,7 @@ class ChunkMetadataBuilder:
 
     Attributes:
         ring: the staging ring; `ring.copies` and `ring.waits` count.
-        block_sizes: tokens a block of chunk_indices_chunk64, chunk_indices_large_block and
-            block_indices_cumsum.
+        block_sizes: as in `ChunkMetadata`.
 
     Raises:
         InvalidArgumentError: for a number below 1.
@@ -215,6 +217,7 @@ class ChunkMetadataBuilder:
             keep_meta=buffer[keep:].view(torch.bool)[:N] if has_empty else None,
             num_decodes=num_decodes,
             seq_lens_host=lens,
+            block_sizes=self.block_sizes,
             _lease=lease,
         )
 
