@@ -1,13 +1,16 @@
 """The optimized op, and the registry of its implementations."""
 
+import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ...reference.errors import StagingError, invalid_argument
+from ...reference.errors import StagingError, UnavailableError, invalid_argument
 from ...reference.gdn.inputs import (
+    FLOAT_DTYPES,
+    GdnSizes,
     check_choice,
     check_cu_seqlens,
     check_eps,
@@ -16,6 +19,7 @@ from ...reference.gdn.inputs import (
 )
 from .device import open_device
 from .eager import eager_chunk_gated_delta_rule
+from .kernels.block_sizes import CHUNK_SIZE, LARGEST_HEAD_DIM, SOLVE_TRIL_BLOCK_SIZE, cumsum_block_size
 from .metadata import ChunkMetadata, ChunkMetadataBuilder
 
 _logger = logging.getLogger(__name__)
@@ -32,12 +36,41 @@ class Implementation:
         run: the function; the signature is that of `eager_chunk_gated_delta_rule`.
         rounds_operands: whether it rounds the operands of its products to the dtype of q, as a matrix unit
             does. If not, its states are held to the limits of float32. Default: True.
+        uses_triton: whether it is made of Triton kernels: on a CPU these run in the interpreter alone.
+            Default: False.
+        dtypes: of q that it takes. Default: all.
+        max_head_dim: largest K and V that it takes, or None. Default: None.
     """
 
     name: str
     summary: str
     run: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rounds_operands: bool = True
+    uses_triton: bool = False
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    max_head_dim: int | None = None
+
+
+def _triton(name: str, summary: str) -> Implementation:
+    """An implementation in `triton_paths`, which is imported when it first runs: Triton may be missing."""
+
+    def run(*args: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            paths = importlib.import_module(".triton_paths", __package__)
+        except ImportError as error:
+            raise UnavailableError(
+                f"implementation {name} needs Triton (triton-ascend on an NPU, triton elsewhere): {error}"
+            ) from error
+        return getattr(paths, f"{name}_chunk_gated_delta_rule")(*args, **kwargs)
+
+    return Implementation(
+        name,
+        summary,
+        run,
+        uses_triton=True,
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        max_head_dim=LARGEST_HEAD_DIM,
+    )
 
 
 IMPLEMENTATIONS = {
@@ -49,8 +82,15 @@ IMPLEMENTATIONS = {
             eager_chunk_gated_delta_rule,
             rounds_operands=False,
         ),
+        _triton("staged", "Triton, a kernel for every stage"),
+        _triton("fused", "Triton, three launches; states stay on chip"),
     )
 }
+
+
+def default_implementation(device: torch.device) -> str:
+    """The name of the implementation that a call without one takes: fused on cuda and npu, else eager."""
+    return "fused" if device.type in ("cuda", "npu") else "eager"
 
 
 @torch.no_grad()
@@ -67,8 +107,9 @@ def chunk_gated_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
     use_qk_l2norm_in_kernel: bool = False,
     eps: float = 1e-6,
+    head_first: bool = False,
     prebuilt_meta: ChunkMetadata | None = None,
-    implementation: str = "eager",
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gated delta rule prefill, fed by prebuilt chunk metadata; for inference only, no gradient is kept.
 
@@ -86,10 +127,12 @@ def chunk_gated_delta_rule(
             T tokens.
         use_qk_l2norm_in_kernel: normalise q and k over K first. Default: False.
         eps: added to the sum of squares by that normalisation. Default: 1e-6.
+        head_first: only False, which says that dimension 1 counts tokens; vllm-ascend's callers pass it.
         prebuilt_meta: metadata of this step, on the device of q (B = 1). With it, nothing is read back from
             the device. Without it, metadata are built on the spot, which reads cu_seqlens; said once in the
             log. Default: None.
-        implementation: a name in `IMPLEMENTATIONS`. Default: "eager".
+        implementation: a name in `IMPLEMENTATIONS`. "staged" and "fused" are Triton: dtypes but float64, K
+            and V up to 256. Default: `default_implementation`, that is "fused" on cuda and npu, else "eager".
 
     Returns:
         o `[B, T, HV, V]` in the dtype of q, 0 in rows of no sequence, and final_state `[N, HV, K, V]` (None
@@ -99,20 +142,25 @@ def chunk_gated_delta_rule(
         InvalidArgumentError: for an argument that does not fit, with its name, value and what is allowed; the
             values of g and beta are not read, to not wait for the device.
         StagingError: for prebuilt_meta that was released.
+        UnavailableError: for an implementation that cannot run here, with the reason.
     """
-    check_choice("implementation", implementation, tuple(IMPLEMENTATIONS))
+    if implementation is not None:
+        check_choice("implementation", implementation, tuple(IMPLEMENTATIONS))
+    check_choice("head_first", head_first, (False,))
     check_eps(eps)
     if prebuilt_meta is not None and cu_seqlens is None:
         cu_seqlens = prebuilt_meta.cu_seqlens
     sizes = check_gdn_shapes(
         q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
     )
+    chosen = IMPLEMENTATIONS[implementation or default_implementation(q.device)]
+    _check_takes(chosen, q.dtype, sizes)
     if prebuilt_meta is None:
         metadata = _build_on_the_spot(q, cu_seqlens, sizes.HV)
     else:
         metadata = prebuilt_meta
-        _check_metadata(metadata, q, sizes.N)
-    o, final_state = IMPLEMENTATIONS[implementation].run(
+        _check_metadata(metadata, q, sizes)
+    o, final_state = chosen.run(
         *(x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, g, beta)),
         scale=scale_or_default(scale, sizes.K),
         initial_state=initial_state,
@@ -123,7 +171,17 @@ def chunk_gated_delta_rule(
     return o.view(sizes.B, sizes.T, sizes.HV, sizes.V), final_state if output_final_state else None
 
 
-def _check_metadata(metadata: ChunkMetadata, q: torch.Tensor, num_sequences: int) -> None:
+def _check_takes(implementation: Implementation, dtype: torch.dtype, sizes: GdnSizes) -> None:
+    """Raise unless the implementation takes this dtype of q and these head dims."""
+    of = f"for implementation {implementation.name}"
+    check_choice(f"q.dtype {of}", dtype, implementation.dtypes)
+    most = implementation.max_head_dim
+    for name, size in (("K (q.shape[3])", sizes.K), ("V (v.shape[3])", sizes.V)):
+        if most is not None and size > most:
+            invalid_argument(f"{name} {of}", size, f"1 to {most}")
+
+
+def _check_metadata(metadata: ChunkMetadata, q: torch.Tensor, sizes: GdnSizes) -> None:
     """Check what is known on the host of prebuilt metadata against the call."""
     if metadata.released:
         raise StagingError("prebuilt_meta was released: its buffer may already hold another step's metadata")
@@ -131,11 +189,18 @@ def _check_metadata(metadata: ChunkMetadata, q: torch.Tensor, num_sequences: int
         invalid_argument(
             "prebuilt_meta.cu_seqlens.device", metadata.cu_seqlens.device, f"{q.device}, where q is"
         )
-    if len(metadata.seq_lens_host) != num_sequences:
+    if len(metadata.seq_lens_host) != sizes.N:
         invalid_argument(
             "number of sequences of prebuilt_meta",
             len(metadata.seq_lens_host),
-            f"{num_sequences}, as in cu_seqlens",
+            f"{sizes.N}, as in cu_seqlens",
+        )
+    block_sizes = (CHUNK_SIZE, SOLVE_TRIL_BLOCK_SIZE, cumsum_block_size(sizes.HV))
+    if metadata.block_sizes != block_sizes:
+        invalid_argument(
+            "block sizes of prebuilt_meta",
+            metadata.block_sizes,
+            f"{block_sizes}: build it with num_value_heads = HV = {sizes.HV}",
         )
     if metadata.cu_seqlens_host[-1] > q.shape[1]:
         invalid_argument("tokens of prebuilt_meta", metadata.cu_seqlens_host[-1], f"<= T = {q.shape[1]}")
