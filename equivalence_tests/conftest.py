@@ -1,4 +1,4 @@
-"""Hypothesis profiles, and the device the suites run on."""
+"""Hypothesis profiles, the device the suites run on, and Triton's interpreter where that is the CPU."""
 
 import os
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from ascend_twin.equivalence_tests import interpreter
 from ascend_twin.equivalence_tests.devices import open_test_device
+from ascend_twin.optimized.gdn import IMPLEMENTATIONS
 from ascend_twin.optimized.gdn.device import Device
 from ascend_twin.reference.errors import UnavailableError
 
@@ -18,10 +20,38 @@ settings.register_profile("nightly", max_examples=2000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+_NO_TRITON = pytest.StashKey[str | None]()  # why kernels do not run on the device under test
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", help="where the optimized path runs: cpu (default), cuda, npu, cuda:INDEX"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On a CPU the kernels are interpreted, which must be known before Triton is imported."""
+    config.stash[_NO_TRITON] = None
+    if config.getoption("--device") == "cpu":
+        try:
+            interpreter.enable()
+        except UnavailableError as error:
+            config.stash[_NO_TRITON] = str(error)
+
+
+@pytest.fixture(scope="session")
+def triton_runs(request: pytest.FixtureRequest) -> None:
+    """Skips a test where the device under test runs no Triton kernel."""
+    if reason := request.config.stash[_NO_TRITON]:
+        pytest.skip(f"{reason}; what needs no Triton ran")
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> str:
+    """The name of each implementation in turn; skips those that need Triton where it does not run."""
+    if IMPLEMENTATIONS[request.param].uses_triton:
+        request.getfixturevalue("triton_runs")
+    return request.param
 
 
 @pytest.fixture(scope="session")
