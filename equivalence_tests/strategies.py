@@ -42,9 +42,10 @@ def prefill_cases(
     dtypes: tuple[str, ...] = tuple(DTYPES),
     max_num_seqs: int = 5,
     max_length: int = 3 * CHUNK_SIZE + 2,
+    heads: tuple[tuple[int, int], ...] = HEADS,
 ) -> PrefillCase:
     """Prefill batches of a few short sequences, with every kind of gate, step size, key and state."""
-    H, HV = draw(st.sampled_from(HEADS))
+    H, HV = draw(st.sampled_from(heads))
     K, V = draw(st.sampled_from(HEAD_DIMS))
     return PrefillCase(
         seq_lens=draw(sequence_lengths(max_num_seqs, max_length)),

@@ -31,8 +31,8 @@ def prebuilt_arguments() -> dict[str, Any]:
     return {**prefill_arguments(), "prebuilt_meta": prebuilt(0, 3, 3, 5)}
 
 
-def prebuilt(*bounds: int) -> optimized.ChunkMetadata:
-    return optimized.ChunkMetadataBuilder(CpuDevice(), 100, 4, HV).build(torch.tensor(bounds))
+def prebuilt(*bounds: int, num_value_heads: int = HV) -> optimized.ChunkMetadata:
+    return optimized.ChunkMetadataBuilder(CpuDevice(), 100, 4, num_value_heads).build(torch.tensor(bounds))
 
 
 def contribution() -> reference.Contribution:
@@ -93,10 +93,35 @@ REFERENCE_ONLY: list[Bad] = [
 CHUNK_SIZE: list[Bad] = [
     ({"chunk_size": size}, f"chunk_size is {size}; ", "an int >= 1") for size in (0, -1, True, 64.0)
 ]
+
+
+def refused_by_triton(implementation: str) -> list[Bad]:
+    """What kernels cannot take; told apart before Triton is imported."""
+    of, call = (
+        f"for implementation {implementation}",
+        {"implementation": implementation, "initial_state": None},
+    )
+    inputs = CASE.inputs()
+    doubles = {"q": inputs.q.double(), "k": inputs.k.double(), "v": inputs.v.double()}
+    wide, wide_v = torch.zeros(1, T, H, 257), torch.zeros(1, T, HV, 257)
+    return [
+        ({**call, **doubles}, f"q.dtype {of} is torch.float64; ", "torch.float32, torch.float16"),
+        ({**call, "q": wide, "k": wide}, f"K (q.shape[3]) {of} is 257; ", "1 to 256"),
+        ({**call, "v": wide_v}, f"V (v.shape[3]) {of} is 257; ", "1 to 256"),
+    ]
+
+
 OP_ONLY: list[Bad] = [
-    ({"implementation": "fast"}, "implementation is fast; ", "eager"),
+    ({"implementation": "fast"}, "implementation is fast; ", "eager, staged, fused"),
     ({"prebuilt_meta": prebuilt(0, 5)}, "number of sequences of prebuilt_meta is 1; ", "3"),
     ({"prebuilt_meta": prebuilt(0, 1, 2, 6)}, "tokens of prebuilt_meta is 6; ", "<= T = 5"),
+    (
+        {"prebuilt_meta": prebuilt(0, 3, 3, 5, num_value_heads=1)},
+        "block sizes of prebuilt_meta is (64, 1216, 4096); ",
+        "(64, 1216, 1024): build it with num_value_heads = HV = 4",
+    ),
+    ({"head_first": True}, "head_first is True; ", "False"),
+    *(bad for name in ("staged", "fused") for bad in refused_by_triton(name)),
 ]  # fmt: skip
 THREE_HEADS = {"v": torch.zeros(T, 3, V), "g": torch.zeros(T, 3), "beta": torch.zeros(T, 3)}
 DECODE: list[Bad] = [

@@ -1,8 +1,8 @@
 """Bugs put into the optimized path on purpose: the check of a case must find each, and say where it is."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -138,12 +138,16 @@ Check = Callable[[Callable[..., Result], PrefillCase], Outcome]
 @pytest.fixture
 def check(device: Device, monkeypatch: pytest.MonkeyPatch) -> Check:
     """Checks a mutant, registered beside the implementation that it changes, on a case."""
-    builder = ChunkMetadataBuilder(device, max_num_batched_tokens=1024, max_num_seqs=8, num_value_heads=4)
+    builder_for = functools.cache(lambda HV: ChunkMetadataBuilder(device, 1024, 8, num_value_heads=HV))
 
     def check(mutant: Callable[..., Result], case: PrefillCase) -> Outcome:
-        changed = replace(IMPLEMENTATIONS["eager"], run=partial(mutant, IMPLEMENTATIONS["eager"].run))
+        changed = replace(
+            IMPLEMENTATIONS["eager"], run=functools.partial(mutant, IMPLEMENTATIONS["eager"].run)
+        )
         monkeypatch.setitem(IMPLEMENTATIONS, "mutant", changed)
-        return check_prefill(case, implementation="mutant", builder=builder, device=device.torch_device)
+        return check_prefill(
+            case, implementation="mutant", builder=builder_for(case.HV), device=device.torch_device
+        )
 
     return check
 
