@@ -1,5 +1,6 @@
 """`ascend-twin doctor`: what can run on this machine, and what cannot, and why."""
 
+import importlib.util
 import json
 from typing import Any
 
@@ -33,7 +34,16 @@ def _implementations(devices: dict[str, str | None]) -> list[dict[str, Any]]:
         return []
     from ..optimized.gdn import IMPLEMENTATIONS
 
-    return [{"name": i.name, "summary": i.summary, "devices": devices} for i in IMPLEMENTATIONS.values()]
+    found = importlib.util.find_spec("triton") is not None
+    no_triton = None if found else "Triton is not installed: triton-ascend for an NPU, triton elsewhere"
+    return [
+        {
+            "name": i.name,
+            "summary": i.summary,
+            "devices": {n: reason or (no_triton if i.uses_triton else None) for n, reason in devices.items()},
+        }
+        for i in IMPLEMENTATIONS.values()
+    ]
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -41,7 +51,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += [f"  {name:<14} {version}" for name, version in found["versions"].items()]
     lines += ["", "Devices"]
     lines += [f"  {name:<14} {_verdict(reason)}" for name, reason in found["devices"].items()]
-    lines += ["", "Implementations (no implementation uses Triton yet)"]
+    lines += ["", "Implementations (on cpu, those in Triton run in its interpreter)"]
     for implementation in found["implementations"]:
         lines.append(f"  {implementation['name']:<14} {implementation['summary']}")
         for device, reason in implementation["devices"].items():

@@ -36,6 +36,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from ..equivalence_tests import interpreter
 from ..equivalence_tests.cases import DTYPES, Outcome, PrefillCase, check_prefill, minimize
 from ..equivalence_tests.compare import Comparison
 from ..equivalence_tests.run_on_device import versions
@@ -100,6 +101,11 @@ class Options:
     K: int
     V: int
     json: Path | None
+
+    @property
+    def is_interpreted(self) -> bool:
+        """Whether Triton kernels are asked for where only its interpreter runs them."""
+        return self.device == "cpu" and IMPLEMENTATIONS[self.implementation].uses_triton
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,40 @@ class _Plan:
         return str(self.options.trace or "generator")
 
 
+def options_with_defaults(
+    *,
+    implementation: str | None,
+    device: str,
+    max_num_batched_tokens: int | None,
+    H: int | None,
+    HV: int | None,
+    **others: Any,
+) -> Options:
+    """`Options` in which None has become the default of the implementation and the device.
+
+    Raises:
+        InvalidArgumentError: for an implementation that there is not.
+    """
+    if implementation is None:
+        implementation = "eager" if device == "cpu" else "fused"
+    check_choice("--implementation", implementation, tuple(IMPLEMENTATIONS))
+    options = Options(
+        implementation=implementation,
+        device=device,
+        max_num_batched_tokens=1024 if max_num_batched_tokens is None else max_num_batched_tokens,
+        H=16 if H is None else H,
+        HV=0 if HV is None else HV,
+        **others,
+    )
+    if options.is_interpreted:
+        options = dataclasses.replace(
+            options,
+            max_num_batched_tokens=256 if max_num_batched_tokens is None else max_num_batched_tokens,
+            H=1 if H is None else H,
+        )
+    return dataclasses.replace(options, HV=options.HV or 2 * options.H)
+
+
 def run_verify(options: Options) -> int:
     """Verify; print the result on stdout and progress on stderr.
 
@@ -228,11 +268,20 @@ def sample_steps(
 def _prepare(options: Options) -> _Plan:
     """Check everything, read the workload and choose the batches."""
     check_choice("--profile", options.profile, tuple(PROFILES))
-    check_choice("--implementation", options.implementation, tuple(IMPLEMENTATIONS))
     check_choice("--dtype", options.dtype, tuple(DTYPES))
+    implementation = IMPLEMENTATIONS[options.implementation]
+    of = f"for implementation {options.implementation}"
+    allowed = tuple(name for name, dtype in DTYPES.items() if dtype in implementation.dtypes)
+    check_choice(f"--dtype {of}", options.dtype, allowed)
+    most = implementation.max_head_dim
+    for name, size in (("--head-dim-k", options.K), ("--head-dim-v", options.V)):
+        if most is not None and size > most:
+            invalid_argument(f"{name} {of}", size, f"1 to {most}")
     if options.HV % options.H:
         invalid_argument("--num-value-heads", options.HV, f"a multiple of --num-heads = {options.H}")
     device = open_device(options.device)
+    if options.is_interpreted:
+        interpreter.enable()
     if options.json:
         check_writable("--json", options.json)
     profile_cases, profile_seed = PROFILES[options.profile]
@@ -272,8 +321,9 @@ def _prepare(options: Options) -> _Plan:
 def _headline(plan: _Plan) -> str:
     o = plan.options
     num_steps = len(plan.cases) - plan.num_corners
+    where = f"{o.device} (interpreted)" if o.is_interpreted else o.device
     return (
-        f"{o.implementation} on {o.device} against the reference, {o.dtype}, "
+        f"{o.implementation} on {where} against the reference, {o.dtype}, "
         f"H {o.H}, HV {o.HV}, K {o.K}, V {o.V}, seed {o.seed}\n"
         f"{num_steps} of {plan.num_steps:,} prefill steps of {plan.workload} "
         f"(at most {o.max_num_batched_tokens} tokens, {o.max_num_seqs} sequences), "
@@ -350,7 +400,7 @@ def _smallest_failure(plan: _Plan, failures: list[PrefillCase]) -> dict[str, Any
     typer.echo(f"looking for the smallest failing batch, at most {MINIMIZE_SECONDS:.0f} s", err=True)
     case = minimize(case, fails)
     lines = [shorten(line, 300) for line in _in_words(check_alone(case)).splitlines()]
-    code = _reproduction(case, plan.options.implementation, plan.options.device)
+    code = _reproduction(case, plan.options)
     return {"case": dataclasses.asdict(case), "message": "\n".join(lines), "code": code}
 
 
@@ -359,7 +409,7 @@ def _capacity(*cases: PrefillCase) -> tuple[int, int]:
     return max(1, *(c.bounds[-1] for c in cases)), max(1, *(len(c.seq_lens) for c in cases))
 
 
-def _reproduction(case: PrefillCase, implementation: str, device: str) -> str:
+def _reproduction(case: PrefillCase, options: Options) -> str:
     """A script that checks the case and ends with an AssertionError if it fails."""
     fields = "".join(
         f"    {f.name}={getattr(case, f.name)!r},\n"
@@ -367,18 +417,28 @@ def _reproduction(case: PrefillCase, implementation: str, device: str) -> str:
         if f.default is dataclasses.MISSING or getattr(case, f.name) != f.default
     )
     num_tokens, num_seqs = _capacity(case)
+    imported, enabled = "", ""
+    if options.is_interpreted:
+        imported, enabled = (
+            "from ascend_twin.equivalence_tests import interpreter\n",
+            "interpreter.enable()\n",
+        )
     return f"""\
-from ascend_twin.equivalence_tests.cases import PrefillCase, check_prefill
+{imported}from ascend_twin.equivalence_tests.cases import PrefillCase, check_prefill
 from ascend_twin.optimized.gdn import ChunkMetadataBuilder, open_device
 
-case = PrefillCase(
+{enabled}case = PrefillCase(
 {fields})
-device = open_device({device!r})
+device = open_device({options.device!r})
 builder = ChunkMetadataBuilder(
     device, max_num_batched_tokens={num_tokens}, max_num_seqs={num_seqs}, num_value_heads=case.HV
 )
 outcome = check_prefill(
-    case, implementation={implementation!r}, builder=builder, device=device.torch_device, check_reference=True
+    case,
+    implementation={options.implementation!r},
+    builder=builder,
+    device=device.torch_device,
+    check_reference=True,
 )
 assert outcome.passed, outcome
 """

@@ -1,12 +1,12 @@
 """The command line: exit statuses, what is said, and that a printed reproduction reproduces."""
 
-import dataclasses
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from ascend_twin.cli.main import app
-from ascend_twin.cli.verify import CORNERS, sample_steps
+from ascend_twin.cli.verify import CORNERS, Options, options_with_defaults, sample_steps
 from ascend_twin.equivalence_tests import cases
 from ascend_twin.optimized.gdn import IMPLEMENTATIONS, ChunkMetadata, ChunkMetadataBuilder
 from ascend_twin.optimized.gdn.chunked import Implementation
@@ -60,7 +60,9 @@ def test_version_is_that_of_the_distribution() -> None:
     assert _run("--version") == (0, f"ascend-twin {metadata.version('ascend-twin')}\n")
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("verify", "--help"), ("doctor", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), *((c, "--help") for c in ("verify", "doctor", "bench", "compile"))]
+)
 def test_help_teaches_without_importing_torch(arguments: tuple[str, ...]) -> None:
     program = (
         "import sys; from ascend_twin.cli.main import app; app({!r}, standalone_mode=False); "
@@ -70,7 +72,6 @@ def test_help_teaches_without_importing_torch(arguments: tuple[str, ...]) -> Non
         [sys.executable, "-c", program.format(list(arguments))], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "doctor" in done.stdout
     assert "Exit status" in done.stdout or "ascend-twin verify" in done.stdout
 
 
@@ -209,6 +210,14 @@ def test_verify_refuses_a_bad_trace_in_one_line(
         (("--device", "tpu"), "device is 'tpu'; allowed: cpu, cuda, npu"),
         (("--device", "npu:99"), "npu"),
         (("--dtype", "int8"), "--dtype is int8; allowed: float64, float32, float16, bfloat16"),
+        (
+            ("--implementation", "fused", "--dtype", "float64"),
+            "--dtype for implementation fused is float64; allowed: float32, float16, bfloat16",
+        ),
+        (
+            ("--implementation", "fused", "--head-dim-v", "257"),
+            "--head-dim-v for implementation fused is 257; allowed: 1 to 256",
+        ),
         (("--implementation", "magic"), "--implementation is magic; allowed: eager"),
         (("--profile", "weekly"), "--profile is weekly; allowed: dev, ci, nightly"),
         (("--num-heads", "4", "--num-value-heads", "6"), "--num-value-heads is 6; allowed: a multiple of"),
@@ -268,6 +277,50 @@ def test_verify_prints_a_reproduction_when_the_implementation_is_wrong(
     assert result["failure"]["code"].strip() == _code(output).strip()
 
 
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("name", [n for n, i in IMPLEMENTATIONS.items() if i.uses_triton])
+def test_verify_interprets_kernels_and_says_so(name: str, tmp_path: Path) -> None:
+    """With fewer heads and tokens, unless they are asked for; the reproduction enables the interpreter."""
+    result_file = tmp_path / "result.json"
+    arguments = ("--cases", "1", "--head-dim-k", "16", "--head-dim-v", "16", "--json", str(result_file))
+    status, output = _run("verify", "--implementation", name, *arguments)
+    assert status == 0
+    assert output.startswith(f"{name} on cpu (interpreted) against the reference, bfloat16, H 1, HV 2, ")
+    options = json.loads(result_file.read_text())["options"]
+    assert (options["max_num_batched_tokens"], options["H"], options["HV"]) == (256, 1, 2)
+
+
+@pytest.mark.usefixtures("triton_runs")
+def test_verify_prints_a_reproduction_of_what_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = replace(IMPLEMENTATIONS["fused"], run=_forgets_the_state)
+    monkeypatch.setitem(IMPLEMENTATIONS, "fused", broken)
+    status, output = _verify("--implementation", "fused")
+    assert status == 1
+    code = _code(output).strip()
+    assert code.index("interpreter.enable()") < code.index("check_prefill(")
+    monkeypatch.undo()
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "implementation", "shape"),
+    [
+        ("cpu", None, ("eager", 1024, 16, 32)),
+        ("cpu", "fused", ("fused", 256, 1, 2)),
+        ("npu", None, ("fused", 1024, 16, 32)),
+        ("cuda:1", "eager", ("eager", 1024, 16, 32)),
+    ],
+)
+def test_verify_has_defaults_for_every_device(
+    device: str, implementation: str | None, shape: tuple[str, int, int, int]
+) -> None:
+    others: dict[str, Any] = {f.name: None for f in fields(Options)}
+    options = options_with_defaults(**{**others, "device": device, "implementation": implementation})
+    assert (options.implementation, options.max_num_batched_tokens, options.H, options.HV) == shape
+    options = options_with_defaults(**{**others, **asdict(options), "H": 3, "HV": None})
+    assert (options.H, options.HV) == (3, 6)
+
+
 def test_verify_prints_a_reproduction_when_the_implementation_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -296,7 +349,7 @@ def test_verify_tells_the_suite_that_differs_when_the_metadata_are_wrong(
     def off_by_one(self: ChunkMetadataBuilder, *args: Any, **kwargs: Any) -> ChunkMetadata:
         metadata = build(self, *args, **kwargs)
         wrong = metadata.final_chunk_indices_chunk64 + 1
-        return dataclasses.replace(metadata, final_chunk_indices_chunk64=wrong)
+        return replace(metadata, final_chunk_indices_chunk64=wrong)
 
     monkeypatch.setattr(ChunkMetadataBuilder, "build", off_by_one)
     result = _result(json_file=tmp_path / "result.json")
@@ -372,6 +425,17 @@ def test_doctor_says_what_can_run_and_why_not(monkeypatch: pytest.MonkeyPatch) -
     found = json.loads(output)
     assert found["devices"] == reasons
     assert [i["name"] for i in found["implementations"]] == list(IMPLEMENTATIONS)
+
+
+def test_doctor_says_that_kernels_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ascend_twin.cli.doctor.why_unusable", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = {
+        i["name"]: i["devices"]["npu"] for i in json.loads(_run("doctor", "--json")[1])["implementations"]
+    }
+    assert found["eager"] is None
+    assert "triton-ascend for an NPU" in found["staged"]
+    assert "triton-ascend for an NPU" in found["fused"]
 
 
 def test_doctor_reports_when_torch_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
