@@ -19,7 +19,16 @@ from importlib import metadata
 from pathlib import Path
 
 SUITES = "ascend_twin.equivalence_tests"
-DISTRIBUTIONS = ("torch", "torch-npu", "triton", "triton-ascend", "numpy", "hypothesis", "pytest")
+DISTRIBUTIONS = (
+    "torch",
+    "torch-npu",
+    "triton",
+    "triton-ascend",
+    "ascendnpu-ir",
+    "numpy",
+    "hypothesis",
+    "pytest",
+)
 CANN_ROOTS = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
 CANN_FILES = ("*/ascend_toolkit_install.info", "version.info", "compiler/version.info")
 
