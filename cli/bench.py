@@ -4,11 +4,31 @@ Contenders take turns. A turn is as many calls as fill `TURN_SECONDS` (at least 
 call: each runs as warm as in a loop of its own. A ratio is taken between turns that follow one another, and
 its median and quartiles over all rounds are reported.
 
-The file written by `--json` holds {"version": 1, "versions", "threads", "rounds", "results": [...]} with the
-fields of `Result` in each result.
+On an accelerator a call takes the time between an event before it and one behind it. Calls are queued in
+bursts, behind a first one that is not timed: from then on the host is ahead, if it can be, and what the
+events see is the device's work. The host's time of a call is that until the call returns, with the device
+still at work.
+
+What is compared on an accelerator has given the same result just before.
+
+The file written by `--json` holds one object:
+
+    version     1, raised when a field changes its meaning
+    versions    of what the result depends on
+    device      what computed: "cpu", or the name of the accelerator
+    threads     of PyTorch
+    rounds      turns of each contender
+    results     [...], with the fields of `Result`
+    traffic     {"batch": {"seq_lens", "H", "HV", "K", "V"}, "schemes": [{"name", "source",
+                "bytes_per_token": {part: bytes}, "state_bytes_per_token", "moves": [{"kernel", "tensor",
+                "kind", "bytes"}]}]}: bytes that kernels load and store, from the shapes (cli/traffic.py);
+                those of moves are of the whole batch
 """
 
 import dataclasses
+import functools
+import importlib.util
+import itertools
 import json
 import sys
 import time
@@ -24,25 +44,43 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..equivalence_tests.cases import EquivalenceError
+from ..equivalence_tests.compare import compare_o, compare_state
 from ..equivalence_tests.run_on_device import versions
+from ..equivalence_tests.tolerances import Errors, limit
 from ..optimized.gdn import ChunkMetadata, ChunkMetadataBuilder, open_device
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
+from ..optimized.gdn.device import Device
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule, metadata
 from .output_files import check_writable, write_atomically
 from .peers import (
+    FLA_VERSION,
     count_vllm_ascend_copies,
+    load_fla_chunk_gated_delta_rule,
     load_transformers_chunk_gated_delta_rule,
     load_vllm_ascend_builder,
 )
+from .traffic import PARTS, SCHEMES, Batch, bytes_per_token, state_bytes
 
 TURN_SECONDS = 0.25
+BURST = 8
+"""Calls that are queued and timed in a row: all their launches fit into the queue of a GPU."""
 SEED = 0
 
 # Qwen3-Next: query/key heads, value heads, head dim.
 H, HV, D = 16, 32, 128
 
+DEVICE_TOKENS = (8192, 32768)
+DEVICE_SEQUENCES = (1, 4, 16, 64)
+
 Call = Callable[[], object]
+
+
+class Turn(NamedTuple):
+    """Seconds that the median call of a turn takes: where it computes, and on the host of an accelerator."""
+
+    seconds: float
+    host_seconds: float | None = None
 
 
 class Pair(NamedTuple):
@@ -62,6 +100,8 @@ class Result:
     Attributes:
         ours, peer: what was called, and ours_ms, peer_ms: milliseconds a call (medians).
         ratio: the peer's time over ours: lower quartile, median, upper quartile.
+        our_host_ms, peer_host_ms: milliseconds until a call on an accelerator returns (medians); None on a
+            CPU.
         skipped: why nothing was measured, or "".
     """
 
@@ -73,6 +113,8 @@ class Result:
     ratio: tuple[float, float, float] = (0.0, 0.0, 0.0)
     note: str = ""
     skipped: str = ""
+    our_host_ms: float | None = None
+    peer_host_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,36 +132,48 @@ def run_bench(
     json_path: Path | None,
     plot: Path | None,
     require: bool,
+    device: str = "cpu",
 ) -> None:
     """Run the contests whose name contains one of `only` (all, if empty) and print the result.
 
+    `device` is a name that `open_device` takes. It chooses the contests.
+
     Raises:
         InvalidArgumentError: for a name that fits no contest, or a file that cannot be written.
-        UnavailableError: when `require` is set and the peer of a contest is missing; once its turn comes.
+        UnavailableError: when the device cannot be used; when `require` is set and the peer of a contest is
+            missing, once its turn comes.
+        EquivalenceError: when contenders do not compute the same.
     """
-    contests = [c for c in CONTESTS if not only or any(name in c.name for name in only)]
+    opened = open_device(device)
+    all_contests = contests_on(opened)
+    contests = [c for c in all_contests if not only or any(name in c.name for name in only)]
     if not contests:
-        invalid_argument("--only", ", ".join(only), "part of one of: " + "; ".join(c.name for c in CONTESTS))
+        invalid_argument(
+            "--only", ", ".join(only), "part of one of: " + "; ".join(c.name for c in all_contests)
+        )
     if json_path is not None:
         check_writable("--json", json_path)
     if plot is not None:
         check_writable("--plot", plot, (".png", ".svg", ".pdf"))
     if threads is not None:
         torch.set_num_threads(threads)
+    turn, device_name = _turn_on(opened)
     results = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(contests) * rounds)
         for contest in contests:
             progress.update(task, description=contest.name)
-            results.append(_measure(contest, rounds, lambda: progress.advance(task), require))
-    _print(results)
+            results.append(_measure(contest, rounds, lambda: progress.advance(task), require, turn))
+    _print(results, device_name)
     if json_path is not None:
         report = {
             "version": 1,
             "versions": versions(),
+            "device": device_name,
             "threads": torch.get_num_threads(),
             "rounds": rounds,
             "results": [dataclasses.asdict(r) for r in results],
+            "traffic": _traffic_report(),
         }
         text = json.dumps(report, indent=2) + "\n"
         write_atomically("--json", json_path, lambda path: path.write_text(text, encoding="utf-8"))
@@ -127,7 +181,13 @@ def run_bench(
         write_atomically("--plot", plot, lambda path: _plot(results, path))
 
 
-def _measure(contest: Contest, rounds: int, advance: Callable[[], None], require: bool) -> Result:
+def _measure(
+    contest: Contest,
+    rounds: int,
+    advance: Callable[[], None],
+    require: bool,
+    turn: Callable[[Call], Turn],
+) -> Result:
     try:
         pair = contest.start()
     except UnavailableError as error:
@@ -141,29 +201,72 @@ def _measure(contest: Contest, rounds: int, advance: Callable[[], None], require
         pair.our_call()
         pair.peer_call()
         for _ in range(rounds):
-            ours.append(_turn(pair.our_call))
-            peers.append(_turn(pair.peer_call))
+            ours.append(turn(pair.our_call))
+            peers.append(turn(pair.peer_call))
             advance()
-    low, median, high = np.quantile(np.array(peers) / np.array(ours), (0.25, 0.5, 0.75)).tolist()
+    ratios = [peer.seconds / our.seconds for our, peer in zip(ours, peers, strict=True)]
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    our_ms, our_host_ms = _median_ms(ours)
+    peer_ms, peer_host_ms = _median_ms(peers)
     return Result(
         contest.name,
         pair.ours,
-        float(np.median(ours)) * 1e3,
+        our_ms,
         pair.peer,
-        float(np.median(peers)) * 1e3,
+        peer_ms,
         (low, median, high),
         pair.note,
+        our_host_ms=our_host_ms,
+        peer_host_ms=peer_host_ms,
     )
 
 
-def _turn(call: Call) -> float:
-    """Seconds that the median call of a turn takes."""
+def _median_ms(turns: Sequence[Turn]) -> tuple[float, float | None]:
+    """Milliseconds of the median turn, and those of the host, if it is another."""
+    host = [turn.host_seconds for turn in turns if turn.host_seconds is not None]
+    return (
+        float(np.median([turn.seconds for turn in turns])) * 1e3,
+        float(np.median(host)) * 1e3 if host else None,
+    )
+
+
+def _turn_on(device: Device) -> tuple[Callable[[Call], Turn], str]:
+    """How turns on a device are timed, and its name. An accelerator becomes the current one of torch."""
+    where = device.torch_device
+    if where.type == "cpu":
+        return _turn, "cpu"
+    module: Any = getattr(torch, where.type)
+    module.set_device(where)
+    return functools.partial(_device_turn, module=module), module.get_device_name(where)
+
+
+def _turn(call: Call) -> Turn:
+    """A turn on the CPU."""
     times: list[float] = []
     while not times or sum(times) < TURN_SECONDS:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return Turn(float(np.median(times)))
+
+
+def _device_turn(call: Call, module: Any) -> Turn:
+    """A turn on an accelerator; `module` is the part of torch that speaks for it."""
+    on_device: list[float] = []
+    on_host: list[float] = []
+    while not on_device or sum(on_device) < TURN_SECONDS:
+        module.synchronize()
+        call()
+        events = [module.Event(enable_timing=True) for _ in range(BURST + 1)]
+        events[0].record()
+        for event in events[1:]:
+            start = time.perf_counter()
+            call()
+            on_host.append(time.perf_counter() - start)
+            event.record()
+        module.synchronize()
+        on_device += [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
+    return Turn(float(np.median(on_device)), float(np.median(on_host)))
 
 
 # Contests
@@ -225,11 +328,19 @@ def _check_same_tables(ours: ChunkMetadata, peers: Any) -> None:
             raise EquivalenceError(f"{name} differs: {getattr(ours, name)} and {getattr(peers, name)}")
 
 
-def _tensors(num_tokens: int, num_heads: int, num_value_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    rng = torch.Generator().manual_seed(SEED)
-    q, k = (torch.randn(1, num_tokens, num_heads, D, generator=rng).to(dtype) for _ in range(2))
-    v = torch.randn(1, num_tokens, num_value_heads, D, generator=rng).to(dtype)
-    g, beta = (torch.rand(1, num_tokens, num_value_heads, generator=rng) for _ in range(2))
+def _tensors(
+    num_tokens: int,
+    num_heads: int,
+    num_value_heads: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> list[torch.Tensor]:
+    """q, k, v of `dtype`, g and beta float32, drawn on the device."""
+    device = device or torch.device("cpu")
+    like: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(SEED), "device": device}
+    q, k = (torch.randn(1, num_tokens, num_heads, D, **like).to(dtype) for _ in range(2))
+    v = torch.randn(1, num_tokens, num_value_heads, D, **like).to(dtype)
+    g, beta = (torch.rand(1, num_tokens, num_value_heads, **like) for _ in range(2))
     return [q, k, v, -g, beta]
 
 
@@ -306,10 +417,163 @@ CONTESTS = (
 )
 
 
+# Contests on an accelerator
+
+
+class _Prefill(NamedTuple):
+    """A prefill batch on a device: tensors, metadata built before, and the bounds of its sequences there."""
+
+    inputs: list[torch.Tensor]
+    initial_state: torch.Tensor
+    metadata: ChunkMetadata
+    cu_seqlens: torch.Tensor
+    bounds: list[int]
+
+    def run(self, function: Callable[..., Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """o and final_state."""
+        return function(
+            *self.inputs,
+            initial_state=self.initial_state,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            **options,
+        )
+
+    def prebuilt(self, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.run(
+            optimized_chunk_gated_delta_rule, prebuilt_meta=self.metadata, implementation=implementation
+        )
+
+    def on_the_spot(self, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.run(
+            optimized_chunk_gated_delta_rule, cu_seqlens=self.cu_seqlens, implementation=implementation
+        )
+
+
+def _prefill(device: Device, num_seqs: int, num_tokens: int) -> _Prefill:
+    where = device.torch_device
+    q, k, v, g, beta = _tensors(num_tokens, H, HV, torch.bfloat16, where)
+    rng = torch.Generator(where).manual_seed(SEED + 1)
+    loc = _query_start_loc(_seq_lens(num_seqs, num_tokens))
+    return _Prefill(
+        [q, k, v, g, beta.to(q.dtype)],
+        torch.randn(num_seqs, HV, D, D, generator=rng, device=where),
+        ChunkMetadataBuilder(device, num_tokens, num_seqs, HV).build(loc),
+        loc.to(where, torch.int64),
+        loc.tolist(),
+    )
+
+
+def _op_contest(device: Device, num_seqs: int, num_tokens: int, implementation: str, peer: str) -> Contest:
+    def start() -> Pair:
+        function = load_fla_chunk_gated_delta_rule() if peer == "fla-core" else None
+        batch = _prefill(device, num_seqs, num_tokens)
+
+        def ours() -> tuple[torch.Tensor, torch.Tensor]:
+            return batch.prebuilt(implementation)
+
+        def peers() -> tuple[torch.Tensor, torch.Tensor]:
+            if function is None:
+                return batch.prebuilt(peer)
+            return batch.run(function, cu_seqlens=batch.cu_seqlens)
+
+        with torch.inference_mode():
+            _check_agree(ours(), peers(), batch.bounds)
+        return Pair(implementation, ours, peer if function is None else _fla_name(), peers)
+
+    return Contest(f"{implementation}, {_of(num_seqs, num_tokens)}, against {peer}", start)
+
+
+def _prebuilt_contest(device: Device, num_seqs: int, num_tokens: int, implementation: str) -> Contest:
+    def start() -> Pair:
+        batch = _prefill(device, num_seqs, num_tokens)
+
+        def ours() -> tuple[torch.Tensor, torch.Tensor]:
+            return batch.prebuilt(implementation)
+
+        def peers() -> tuple[torch.Tensor, torch.Tensor]:
+            return batch.on_the_spot(implementation)
+
+        with torch.inference_mode():
+            for name, x, y in zip(("o", "final_state"), ours(), peers(), strict=True):
+                if not torch.equal(x, y):
+                    raise EquivalenceError(f"{name} differs with metadata that are built on the spot")
+        return Pair(f"{implementation}, prebuilt", ours, f"{implementation}, on the spot", peers)
+
+    return Contest(f"metadata prebuilt, {_of(num_seqs, num_tokens)}, against on the spot", start)
+
+
+def _of(num_seqs: int, num_tokens: int) -> str:
+    return f"{num_seqs} sequence{'s' * (num_seqs > 1)} of {num_tokens} tokens in all"
+
+
+def _fla_name() -> str:
+    # fla hands the call to FlashQLA where that is installed.
+    with_backend = " with FlashQLA" if importlib.util.find_spec("flash_qla") else ""
+    return f"fla-core {FLA_VERSION}{with_backend}"
+
+
+def _check_agree(
+    ours: tuple[torch.Tensor, torch.Tensor], peers: tuple[torch.Tensor, torch.Tensor], bounds: list[int]
+) -> None:
+    """Raise unless both computed the same: what is timed must be the same work.
+
+    Each may be off the truth by the limit of bfloat16, so one may be off the other by twice that.
+    """
+    bfloat16 = torch.bfloat16
+    twice = Errors(*(2 * x for x in limit(bfloat16)))
+    for comparison in (
+        compare_o(ours[0], peers[0], dtype=bfloat16, bounds=bounds, limit=twice),
+        compare_state(ours[1], peers[1], dtype=torch.float32, operands=bfloat16, limit=twice),
+    ):
+        if not comparison.passed:
+            raise EquivalenceError(f"contenders do not compute the same: {comparison}")
+
+
+def contests_on(device: Device) -> tuple[Contest, ...]:
+    """What is compared on a device. On an NPU the peer of the fused path is our staged one."""
+    kind = device.torch_device.type
+    if kind == "cpu":
+        return CONTESTS
+    pairs = (("fused", "fla-core"), ("staged", "fla-core")) if kind == "cuda" else (("fused", "staged"),)
+    batches = [(num_seqs, tokens) for tokens in DEVICE_TOKENS for num_seqs in DEVICE_SEQUENCES]
+    return (
+        *(_op_contest(device, *batch, *pair) for pair in pairs for batch in batches),
+        *(_prebuilt_contest(device, *batch, "fused") for batch in batches),
+    )
+
+
 # Output
 
 
-def _print(results: Sequence[Result]) -> None:
+_NOT_TIMED = (
+    "staged and fused are not timed on a CPU: they run in Triton's interpreter there, whose speed says "
+    "nothing; --device cuda or npu times them"
+)
+
+# One sequence as long as a step of 8192 tokens lets it be, of Qwen3-Next.
+_TRAFFIC_BATCH = Batch((8192,), H, HV, D, D)
+
+
+def _print(results: Sequence[Result], device_name: str) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(_times_table(results))
+    where = "CPU" if device_name == "cpu" else f"{device_name}, timed by events"
+    console.print(f"medians of interleaved turns, {torch.get_num_threads()} threads, {where}")
+    if device_name == "cpu":
+        console.print(_NOT_TIMED)
+    else:
+        console.print("host: time until a call returns, as part of the time it takes on the device")
+    batch = _TRAFFIC_BATCH
+    console.print(
+        "\nKiB a token that kernels load and store, whether or not a cache answers; from the shapes:\n"
+        f"{batch.num_tokens} tokens of one sequence, H {batch.H}, HV {batch.HV}, K {batch.K}, V {batch.V}, "
+        "bfloat16"
+    )
+    console.print(_traffic_table())
+
+
+def _times_table(results: Sequence[Result]) -> Table:
     table = Table("benchmark", "ours", "peer", "times faster", "quartiles")
     for r in results:
         if r.skipped:
@@ -318,23 +582,63 @@ def _print(results: Sequence[Result]) -> None:
         low, median, high = r.ratio
         table.add_row(
             r.name,
-            f"{r.ours_ms:.3g} ms",
-            f"{r.peer_ms:.3g} ms",
+            _time(r.ours_ms, r.our_host_ms),
+            _time(r.peer_ms, r.peer_host_ms),
             f"{median:.3g}",
             f"{low:.3g} to {high:.3g}" + (f"; {r.note}" if r.note else ""),
         )
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    console.print(f"medians of interleaved turns, {torch.get_num_threads()} threads, CPU")
+    return table
+
+
+def _time(ms: float, host_ms: float | None) -> str:
+    """Time of a call, and on an accelerator the host's share of it."""
+    share = "" if host_ms is None else f", host {host_ms / ms:.0%}"
+    return f"{ms:.3g} ms{share}"
+
+
+def _traffic_table() -> Table:
+    table = Table("", *(scheme.name for scheme in SCHEMES))
+    columns = [bytes_per_token(scheme, _TRAFFIC_BATCH) for scheme in SCHEMES]
+    for part in PARTS:
+        table.add_row(part, *(f"{column[part] / 1024:.1f}" for column in columns))
+    table.add_section()
+    table.add_row("states", *(f"{state_bytes(column) / 1024:.1f}" for column in columns))
+    table.add_row("all", *(f"{sum(column.values()) / 1024:.1f}" for column in columns))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _traffic_report() -> dict[str, Any]:
+    schemes = []
+    for scheme in SCHEMES:
+        parts = bytes_per_token(scheme, _TRAFFIC_BATCH)
+        schemes.append(
+            {
+                "name": scheme.name,
+                "source": scheme.source,
+                "bytes_per_token": parts,
+                "state_bytes_per_token": state_bytes(parts),
+                "moves": [move._asdict() for move in scheme.moves(_TRAFFIC_BATCH)],
+            }
+        )
+    return {"batch": dataclasses.asdict(_TRAFFIC_BATCH), "schemes": schemes}
 
 
 def _plot(results: Sequence[Result], path: Path) -> None:
-    """Bars of how many times faster each is, with quartiles, written to `path`."""
+    """How many times faster each is, with quartiles, and the traffic of the schemes, written to `path`."""
     from matplotlib.figure import Figure
 
     measured = [r for r in results if not r.skipped][::-1]
-    figure = Figure(figsize=(12, 1 + 0.45 * len(measured)), layout="constrained")
-    axes = figure.add_subplot()
+    heights = [1 + 0.45 * len(measured), 1 + 0.45 * len(SCHEMES)]
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    speed, traffic = figure.subplots(2, 1, height_ratios=heights)
+    _plot_speed(speed, measured)
+    _plot_traffic(traffic)
+    figure.savefig(path)
+
+
+def _plot_speed(axes: Any, measured: Sequence[Result]) -> None:
     ratios = np.array([r.ratio for r in measured]).reshape(-1, 3)
     errors = np.abs(ratios[:, [0, 2]] - ratios[:, [1]]).T
     bars = axes.barh(
@@ -345,4 +649,15 @@ def _plot(results: Sequence[Result], path: Path) -> None:
     axes.set_xscale("log")
     axes.margins(x=0.1)
     axes.set_xlabel("times faster than the peer (bars: median, lines: quartiles)")
-    figure.savefig(path)
+
+
+def _plot_traffic(axes: Any) -> None:
+    names = [scheme.name for scheme in SCHEMES][::-1]
+    columns = [bytes_per_token(scheme, _TRAFFIC_BATCH) for scheme in SCHEMES][::-1]
+    left = np.zeros(len(columns))
+    for part in PARTS:
+        width = np.array([column[part] / 1024 for column in columns])
+        axes.barh(names, width, left=left, label=part)
+        left += width
+    axes.set_xlabel("KiB a token that kernels load from device memory and store there, from the shapes")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")

@@ -1,8 +1,8 @@
 """Other projects' implementations that the benchmark measures ours against.
 
 Nothing here computes anything: each function finds a peer's installed code, loads it unchanged and
-returns a callable. `cli/peers-requirements.txt` says how the peers are installed;
-`tox run -e bench-peers` does it. Importing this module imports no peer.
+returns a callable. `cli/peers-requirements.txt` says how the peers are installed; `tox run -e bench-peers`
+does it for those on a CPU, `tox run -e bench-cuda` for that on a GPU. Importing this module imports no peer.
 """
 
 import contextlib
@@ -24,7 +24,11 @@ from ..reference.errors import UnavailableError
 # The loader reaches into this release's private functions, and every figure names it.
 VLLM_ASCEND_VERSION = "0.18.0"
 
+FLA_VERSION = "0.6.0"
+"""Of fla-core: every figure against it names this release."""
+
 _REMEDY = "install the peers with `tox run -e bench-peers`"
+_FLA_REMEDY = "install it with `tox run -e bench-cuda`"
 
 # vllm-ascend's platform plugin imports torch_npu, which needs an NPU's driver: with no plugin allowed
 # vLLM picks its own platform. And vLLM logs to stdout, where a benchmark prints its figures.
@@ -141,6 +145,41 @@ def load_transformers_chunk_gated_delta_rule() -> Callable[..., tuple[torch.Tens
     return peer
 
 
+def load_fla_chunk_gated_delta_rule() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """Load flash-linear-attention's chunked gated delta rule, in Triton.
+
+    It is called as `f(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
+    use_qk_l2norm_in_kernel=False, cu_seqlens=None)` with the tensors of this project's op as they are: it
+    knows head groups. cu_seqlens is `[N+1]` int64 on the device. To compare speeds, know that
+
+    - it computes its chunk indices from cu_seqlens and keeps them for as long as the same tensor object is
+      passed: called again and again it has, like our prebuilt metadata, none of that work;
+    - its first call with new shapes of heads tries the configurations of its autotuner: call it once before;
+    - it hands the call to FlashQLA where that is installed (FLA_FLASH_QLA=0 forbids it).
+
+    Returns:
+        The function itself.
+
+    Raises:
+        UnavailableError: fla-core is not installed, is of another version than `FLA_VERSION`, or does not
+            load.
+
+    Source: fla-core 0.6.0, fla/ops/gated_delta_rule/chunk.py.
+    """
+    try:
+        version = importlib.metadata.version("fla-core")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UnavailableError(f"fla-core is not installed; {_FLA_REMEDY}") from error
+    if version != FLA_VERSION:
+        raise UnavailableError(f"fla-core {version} is installed, the peer is {FLA_VERSION}; {_FLA_REMEDY}")
+    try:
+        module = importlib.import_module("fla.ops.gated_delta_rule")
+        peer: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = module.chunk_gated_delta_rule
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise _unavailable("fla-core does not load", error, _FLA_REMEDY) from error
+    return peer
+
+
 @functools.cache  # a second load would wrap the builder that the first one already patched
 def _vllm_ascend_metadata_module() -> ModuleType:
     """vllm-ascend's metadata patch, loaded by file: its package does not import without an NPU."""
@@ -205,7 +244,7 @@ def _environment_defaults(defaults: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _unavailable(what: str, error: BaseException) -> UnavailableError:
+def _unavailable(what: str, error: BaseException, remedy: str = _REMEDY) -> UnavailableError:
     """The error for a peer that is installed but does not load, with the first line of the reason."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UnavailableError(f"{what} ({type(error).__name__}: {reason}); {_REMEDY}")
+    return UnavailableError(f"{what} ({type(error).__name__}: {reason}); {remedy}")
