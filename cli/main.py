@@ -82,7 +82,8 @@ def verify(
         typer.Option(min=0, help="Of the choice of steps and of all values. Default: by --profile."),
     ] = None,
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a step, at most. Default: 1024; 256 interpreted.")
+        int | None,
+        typer.Option(max=2**20, help="Tokens of a step, at most. Default: 1024; 256 interpreted."),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences of a step, at most.")] = 16,
     implementation: Annotated[

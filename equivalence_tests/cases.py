@@ -299,7 +299,7 @@ def check_prefill(
     o, state = run_case(
         optimized_chunk_gated_delta_rule,
         case,
-        inputs.to(device),
+        case.inputs().to(device),  # its own: what an implementation does to them must not change the truth
         prebuilt_meta=metadata,
         implementation=implementation,
     )

@@ -444,13 +444,15 @@ def _interpreting() -> Iterator[None]:
 
 def _import_interpreter() -> Any:
     """`triton.runtime.interpreter`, of a Triton in which nothing is decorated for compiling."""
+    if tuple(int(x) for x in np.__version__.split(".")[:2]) >= (2, 4):
+        raise UnavailableError(f"numpy is {np.__version__}; Triton's interpreter needs numpy below 2.4")
     try:
         interpreter = importlib.import_module("triton.runtime.interpreter")
     except ImportError as error:
         raise UnavailableError(f"Triton cannot be imported ({error}): nothing to interpret with") from error
     if not interpreter.tl.core.is_builtin(interpreter.tl.load):
         raise UnavailableError(
-            "Triton has interpreted a kernel already: call enable() before the first launch"
+            "Triton has interpreted a kernel already: call enable() before the first launch, in a new process"
         )
     kernels = f"{(__package__ or '').rpartition('.')[0]}.optimized.gdn.kernels"
     compiled = interpreter.triton.runtime.JITFunction

@@ -210,14 +210,14 @@ def _fused_intra_chunk(case: StageCase, compute_dtype: torch.dtype) -> Results:
         x, y = ((z.square().sum(-1) + EPS).rsqrt() for z in (k, q))
     D, G = stages.pairwise_decay(g), stages.chunk_local_cumsum(g).exp()
     k = x[..., None] * k
-    Aqk = stages.matmul(q, k.mT, compute_dtype) * D * (case.scale * y)[..., None]
+    Aqk = stages.matmul(q, k.mT, compute_dtype) * D * y[..., None]
     A = stages.chunk_scaled_dot_kkt(k, g, beta, compute_dtype=compute_dtype)
     return case.tokens(
         A=A,
         Aqk=stages.round_to(Aqk, compute_dtype),
         of_v=beta,
         of_k=beta * G,
-        of_q=case.scale * y * G,
+        of_q=y * G,
         to_end=D[..., -1, :],
         G=G,
         x=x,
@@ -237,9 +237,9 @@ def _fused_inter_chunk(case: StageCase, compute_dtype: torch.dtype) -> Results:
         for i, c in enumerate(range(*case.chunk_offsets[n : n + 2])):
             last = min(CHUNK_SIZE, length - i * CHUNK_SIZE) - 1
             v_new = of_v[c] * v[c] - of_k[c] * stages.matmul(k[c], S, compute_dtype)
-            v_new = sum(stages.matmul(part[c], v_new, compute_dtype) for part in Ai)
+            v_new = torch.stack([stages.matmul(part[c], v_new, compute_dtype) for part in Ai]).sum(0)
             o[c] = of_q[c] * stages.matmul(q[c], S, compute_dtype)
-            o[c] += stages.matmul(Aqk[c], v_new, compute_dtype)
+            o[c] = case.scale * (o[c] + stages.matmul(Aqk[c], v_new, compute_dtype))
             S = G[c, :, last, :, None] * S + stages.matmul(k[c].mT, to_end[c] * v_new, compute_dtype)
         final_state[n] = S
     return {**case.tokens(o=stages.round_to(o, compute_dtype)), "final_state": final_state}
@@ -352,7 +352,6 @@ STAGES = {
         "raw_q raw_k g beta",
         _fused_intra_chunk,
         lambda call: {
-            "scale": call.case.scale,
             "use_qk_l2norm_in_kernel": call.case.case.use_qk_l2norm_in_kernel,
             "eps": EPS,
             **_chunks(call),
@@ -371,6 +370,7 @@ STAGES = {
         "raw_q raw_k v fused_Ai Aqk factors",
         _fused_inter_chunk,
         lambda call: {
+            "scale": call.case.scale,
             "use_qk_l2norm_in_kernel": call.case.case.use_qk_l2norm_in_kernel,
             "cu_seqlens": call.metadata.cu_seqlens,
         },
@@ -630,7 +630,6 @@ def _of_fused_intra_chunk(probe: DecayProbe) -> Iterator[Observed]:
     A, Aqk, factors = probe.run(
         "fused_intra_chunk",
         *(rows, rows, probe.g, beta),
-        scale=1.0,
         use_qk_l2norm_in_kernel=False,
         eps=1e-6,
         **probe.chunks,

@@ -44,10 +44,11 @@ def measure(dtype: str, device_name: str, examples: int) -> dict[str, Worst]:
 
     device, worst = open_test_device(device_name), defaultdict[str, Worst](Worst)
 
+    slow = (HealthCheck.too_slow, HealthCheck.data_too_large)
+
     @settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=slow
+    )
     @given(case=prefill_cases(dtypes=(dtype,), max_num_seqs=3, max_length=130))
     def run(case: PrefillCase) -> None:
         inputs = StageCase(case)

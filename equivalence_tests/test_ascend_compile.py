@@ -351,7 +351,7 @@ def test_compile_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
             return "3"
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(ascend_compile.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     status, output = run()
     assert status == 2
     assert "needs triton-ascend and ascendnpu-ir: " in output
@@ -359,7 +359,7 @@ def test_compile_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compile_refuses_two_packages_called_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ascend_compile.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(metadata, "version", lambda name: "1")
     with pytest.raises(UnavailableError, match="triton 1 is installed over triton-ascend"):
         ascend_compile.check_installed()
 

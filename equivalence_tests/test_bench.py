@@ -16,7 +16,7 @@ from ascend_twin.cli.main import app
 from ascend_twin.cli.peers import FLA_VERSION, load_fla_chunk_gated_delta_rule
 from ascend_twin.cli.traffic import PARTS
 from ascend_twin.equivalence_tests.cases import EquivalenceError
-from ascend_twin.optimized.gdn import open_device
+from ascend_twin.optimized.gdn import ChunkMetadataBuilder, open_device
 from ascend_twin.optimized.gdn.device import Device
 from ascend_twin.reference.errors import UnavailableError
 from ascend_twin.reference.gdn import chunk_gated_delta_rule
@@ -251,8 +251,8 @@ def test_prebuilt_contest_builds_metadata_in_the_call_of_the_peer_alone(
 ) -> None:
     pair = bench._prebuilt_contest(device, 3, 150, "fused").start()
     built = []
-    build = bench.ChunkMetadataBuilder.build
-    monkeypatch.setattr(bench.ChunkMetadataBuilder, "build", lambda *args: (built.append(1), build(*args))[1])
+    build = ChunkMetadataBuilder.build
+    monkeypatch.setattr(ChunkMetadataBuilder, "build", lambda *args: (built.append(1), build(*args))[1])
     pair.our_call()
     assert not built
     pair.peer_call()

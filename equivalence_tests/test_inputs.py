@@ -75,6 +75,9 @@ TENSORS: list[Bad] = [
     ({"scale": float("nan")}, "scale is nan; ", "a finite number"),
     ({"scale": float("inf")}, "scale is inf; ", "a finite number"),
     ({"eps": -1e-6}, "eps is -1e-06; ", "a finite number >= 0"),
+    ({"eps": "1"}, "eps is 1; ", "a finite number >= 0"),
+    ({"scale": True}, "scale is True; ", "a finite number"),
+    ({"scale": torch.tensor(0.5)}, "scale is 0.5; ", "a finite number"),
     ({"eps": float("inf")}, "eps is inf; ", "a finite number >= 0"),
 ]  # fmt: skip
 BOUNDS: list[Bad] = [
@@ -115,6 +118,7 @@ OP_ONLY: list[Bad] = [
     ({"implementation": "fast"}, "implementation is fast; ", "eager, staged, fused"),
     ({"prebuilt_meta": prebuilt(0, 5)}, "number of sequences of prebuilt_meta is 1; ", "3"),
     ({"prebuilt_meta": prebuilt(0, 1, 2, 6)}, "tokens of prebuilt_meta is 6; ", "<= T = 5"),
+    ({"prebuilt_meta": {}}, "prebuilt_meta is a dict; ", "a ChunkMetadata, or None"),
     (
         {"prebuilt_meta": prebuilt(0, 3, 3, 5, num_value_heads=1)},
         "block sizes of prebuilt_meta is (64, 1216, 4096); ",

@@ -633,7 +633,7 @@ def test_run_launch_catches_int32_overflow_in_addresses() -> None:
 
 def test_run_launch_refuses_programs_that_the_launch_lacks() -> None:
     with pytest.raises(InvalidArgumentError, match=r"programs is 8; allowed: 0 to 7"):
-        run_launch(*rows_launches([100], wide=False), [8])
+        run_launch(rows_launches([100], wide=False)[0], [8])
 
 
 # Getting there

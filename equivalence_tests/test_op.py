@@ -23,6 +23,7 @@ from ascend_twin.equivalence_tests.cases import (
     compare_prefill,
     metadata_differences,
 )
+from ascend_twin.equivalence_tests.compare import compare_o
 from ascend_twin.equivalence_tests.properties import (
     CUTS,
     CUTS_BETWEEN_CHUNKS,
@@ -590,10 +591,51 @@ def test_op_says_once_that_metadata_are_built_on_the_spot(
     assert "ChunkMetadataBuilder" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_op_keeps_what_rounding_the_inverse_takes(
+    implementation: str, builder_for: Callable[[int], ChunkMetadataBuilder], device: Device, dtype: str
+):
+    # Keys alike, beta 1, no gates: the inverse is next to -1 below its diagonal, and its roundings add up.
+    for seed in range(4):
+        case = PrefillCase((64,), seed, dtype=dtype, gates="none", betas="one", keys="identical")
+        outcome = check_prefill(
+            case,
+            implementation=implementation,
+            builder=builder_for(case.HV),
+            device=device.torch_device,
+        )
+        assert outcome.passed, str(outcome)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_op_takes_a_scale_of_any_size(implementation: str, device: Device, scale: float):
+    case = PrefillCase((70, 3), HV=2, dtype="float16", initial_state=False)
+    inputs = case.inputs()
+    inputs = inputs._replace(v=inputs.v * (1e-3 if scale > 1 else 1e3))
+    run = partial(chunk_gated_delta_rule, implementation=implementation)
+    o, _ = prefill_by(run, case, device=device.torch_device, scale=scale)(inputs)
+    truth, _ = prefill_by(recurrent_gated_delta_rule, case, scale=scale)(inputs)
+    float16 = torch.float16
+    comparison = compare_o(o, truth, dtype=float16, bounds=case.bounds, limit=limit(float16))
+    assert comparison.passed, str(comparison)
+
+
+def test_op_reads_tensors_that_are_negated_lazily(op: Op):
+    inputs = PrefillCase((70,)).inputs()
+    expected = op(PrefillCase((70,)))(inputs)
+    negated = torch._neg_view  # pyright: ignore[reportPrivateImportUsage]
+    lazy = inputs._replace(q=negated(-inputs.q), g=negated(-inputs.g))
+    assert_agree(op(PrefillCase((70,)))(lazy), expected, [0, 70], EXACT)
+
+
 @pytest.mark.parametrize(
     "case",
-    [PrefillCase((1281, 0, 1), V=32), PrefillCase((193, 0, 3), H=1, HV=32)],
-    ids=["two blocks of solve_tril", "two blocks of chunk_local_cumsum"],
+    [
+        PrefillCase((1281, 0, 1), V=32),
+        PrefillCase((193, 0, 3), H=1, HV=32),
+        PrefillCase((2047,), gates="none"),
+    ],
+    ids=["two blocks of solve_tril", "two blocks of chunk_local_cumsum", "32 chunks"],
 )
 def test_op_equals_the_definition_over_many_chunks(
     implementation: str,

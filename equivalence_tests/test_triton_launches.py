@@ -265,12 +265,12 @@ def test_a_read_of_metadata_before_a_launch_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ):
     from ascend_twin.optimized.gdn import triton_paths
+    from ascend_twin.optimized.gdn.kernels.solve_tril import solve_tril
 
     def reading(A: torch.Tensor, *, cu_seqlens: torch.Tensor, **options: Any) -> torch.Tensor:
         getattr(cu_seqlens[-1], read)()
         return solve_tril(A, cu_seqlens=cu_seqlens, **options)
 
-    solve_tril = triton_paths.solve_tril
     monkeypatch.setattr(triton_paths, "solve_tril", reading)
     builder = ChunkMetadataBuilder(sim, 256, 4, HV)
     with recorded_launches(), forbid_host_sync(sim), pytest.raises(HostSyncError, match="getattr"):

@@ -132,7 +132,8 @@ def chunk_gated_delta_rule(
             the device. Without it, metadata are built on the spot, which reads cu_seqlens; said once in the
             log. Default: None.
         implementation: a name in `IMPLEMENTATIONS`. "staged" and "fused" are Triton: dtypes but float64, K
-            and V up to 256. Default: `default_implementation`, that is "fused" on cuda and npu, else "eager".
+            and V up to 256; in float16 they round states and products to it, so these must stay within its
+            range. Default: `default_implementation`, that is "fused" on cuda and npu, else "eager".
 
     Returns:
         o `[B, T, HV, V]` in the dtype of q, 0 in rows of no sequence, and final_state `[N, HV, K, V]` (None
@@ -148,6 +149,8 @@ def chunk_gated_delta_rule(
         check_choice("implementation", implementation, tuple(IMPLEMENTATIONS))
     check_choice("head_first", head_first, (False,))
     check_eps(eps)
+    if prebuilt_meta is not None and not isinstance(prebuilt_meta, ChunkMetadata):
+        invalid_argument("prebuilt_meta", f"a {type(prebuilt_meta).__name__}", "a ChunkMetadata, or None")
     if prebuilt_meta is not None and cu_seqlens is None:
         cu_seqlens = prebuilt_meta.cu_seqlens
     sizes = check_gdn_shapes(
@@ -165,7 +168,7 @@ def chunk_gated_delta_rule(
         scale=scale_or_default(scale, sizes.K),
         initial_state=initial_state,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        eps=eps,
+        eps=float(eps),
         metadata=metadata,
     )
     return o.view(sizes.B, sizes.T, sizes.HV, sizes.V), final_state if output_final_state else None

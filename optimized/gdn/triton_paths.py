@@ -81,7 +81,6 @@ def fused_chunk_gated_delta_rule(
         k,
         g,
         beta,
-        scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         eps=eps,
         cu_seqlens=cu_seqlens,
@@ -101,6 +100,7 @@ def fused_chunk_gated_delta_rule(
         Ai,
         Aqk,
         factors,
+        scale=scale,
         initial_state=initial_state,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         cu_seqlens=cu_seqlens,
@@ -126,6 +126,7 @@ def _token_major(
 
 def _readable(x: torch.Tensor, *, rows: int, columns: int | None = None) -> torch.Tensor:
     """x, or a copy where a tile's columns have gaps or its rows are too far apart for int32 offsets."""
+    x = x.resolve_neg()  # kernels read memory, not what PyTorch will make of it
     x = x.float() if x.dtype == torch.float64 else x  # kernels compute in float32, and an NPU has no float64
     has_gaps = columns is not None and x.stride(columns) != 1
     return x.contiguous() if has_gaps or x.stride(rows) * LARGEST_HEAD_DIM >= 2**31 else x

@@ -1,6 +1,7 @@
 """The arguments of a gated delta rule call: what is accepted, and the sizes read from them."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ def check_gdn_shapes(
         check_device("initial_state", initial_state, q.device)
     for name, x in (("k", k), ("v", v), ("g", g), ("beta", beta)):
         check_device(name, x, q.device)
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not _is_finite(scale):
         invalid_argument("scale", scale, "a finite number, or None for K ** -0.5")
     return GdnSizes(B=B, T=T, N=N, H=H, HV=HV, K=K, V=V)
 
@@ -186,9 +187,14 @@ def check_gates(g: torch.Tensor, beta: torch.Tensor, num_tokens: int) -> None:
         invalid_argument("beta (minimum, maximum)", (beta.min().item(), beta.max().item()), "within [0, 1]")
 
 
+def _is_finite(x: object) -> bool:
+    """Whether x is a finite number; a bool or a tensor is none."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
 def scale_or_default(scale: float | None, K: int) -> float:
-    """`scale`, or K ** -0.5 where it is None."""
-    return K**-0.5 if scale is None else scale
+    """`scale`, or K ** -0.5 where it is None, as a float."""
+    return K**-0.5 if scale is None else float(scale)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -205,7 +211,7 @@ def check_chunk_size(chunk_size: int) -> None:
 
 def check_eps(eps: float) -> None:
     """Raise unless `eps` is finite and >= 0."""
-    if not math.isfinite(eps) or eps < 0:
+    if not _is_finite(eps) or eps < 0:
         invalid_argument("eps", eps, "a finite number >= 0")
 
 

@@ -10,7 +10,7 @@ from .launch import launch
 
 @triton.jit(do_not_specialize=["T", "first_program"])
 def fused_inter_chunk_kernel(
-    q, k, v, Ai, Aqk, factors, o, initial_state, final_state, cu_seqlens, T,
+    q, k, v, Ai, Aqk, factors, o, initial_state, final_state, cu_seqlens, scale, T,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     stride_s_n, stride_s_h, stride_s_k, first_program,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
@@ -22,7 +22,7 @@ def fused_inter_chunk_kernel(
     (I + A)^-1 and the factors beta, a, b, d, G and x, which normalises k:
 
         v_new = Ai (beta v - a k^T S)
-        o     = b q^T S + Aqk v_new
+        o     = scale (b q^T S + Aqk v_new)
         S    <- G_last S + sum over i of d_i k_i v_new_i^T
 
     S never leaves the chip. o `[T, HV, V]`, final_state `[N, HV, K, V]`, factors `[6, HV, T]` contiguous.
@@ -74,7 +74,7 @@ def fused_inter_chunk_kernel(
         b_o = tl.dot(b_q, b_state, input_precision="ieee") * b_of_q[:, None]
         b_Aqk = tl.load(Aqk + o_ij, mask=m_i[:, None], other=0.0)
         b_o += tl.dot(b_Aqk, b_v.to(b_k.dtype), input_precision="ieee")
-        tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_v)
+        tl.store(p_o, (b_o * scale).to(o.dtype.element_ty), mask=m_v)
 
         b_v *= tl.load(p_factor + 3 * o_factor, mask=m_i, other=0.0)[:, None]
         b_update = tl.dot(tl.trans(b_k), b_v.to(b_k.dtype), input_precision="ieee")
@@ -91,6 +91,7 @@ def fused_inter_chunk(
     Aqk: torch.Tensor,
     factors: torch.Tensor,
     *,
+    scale: float,
     initial_state: torch.Tensor | None,
     use_qk_l2norm_in_kernel: bool,
     cu_seqlens: torch.Tensor,
@@ -101,6 +102,7 @@ def fused_inter_chunk(
         q, k: queries and keys `[T, H, K]`, v: values `[T, HV, V]`, the last dimensions contiguous.
         Ai: `[1 or 2, T, HV, BT]` of `solve_tril`, of A of `fused_intra_chunk`.
         Aqk, factors: of `fused_intra_chunk`.
+        scale: factor of the output.
         initial_state: `[N, HV, K, V]`, the last dimension contiguous, or None for zeros.
         use_qk_l2norm_in_kernel: normalise q and k over K, as `fused_intra_chunk` did.
         cu_seqlens: `[N + 1]` int32.
@@ -119,7 +121,8 @@ def fused_inter_chunk(
         N * HV * -(-V // BV),
         {
             "q": q, "k": k, "v": v, "Ai": Ai, "Aqk": Aqk, "factors": factors, "o": o,
-            "initial_state": start, "final_state": final_state, "cu_seqlens": cu_seqlens, "T": T,
+            "initial_state": start, "final_state": final_state, "cu_seqlens": cu_seqlens,
+            "scale": scale, "T": T,
             "stride_q_t": q.stride(0), "stride_q_h": q.stride(1),
             "stride_k_t": k.stride(0), "stride_k_h": k.stride(1),
             "stride_v_t": v.stride(0), "stride_v_h": v.stride(1),

@@ -12,7 +12,7 @@ from .launch import launch
 
 @triton.jit(do_not_specialize=["T", "first_program"])
 def fused_intra_chunk_kernel(
-    q, k, g, beta, A, Aqk, factors, cu_seqlens, chunk_indices, scale, eps, T,
+    q, k, g, beta, A, Aqk, factors, cu_seqlens, chunk_indices, eps, T,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_g_t, stride_g_h, stride_beta_t, stride_beta_h,
     first_program,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
@@ -24,8 +24,8 @@ def fused_intra_chunk_kernel(
     normalises k_i and q_i (1 without NORMALISE):
 
         A_ij    = beta_i D_ij k_i^T k_j for i > j
-        Aqk_ij  = scale D_ij (y_i q_i)^T k_j for i >= j
-        factors = beta_i, beta_i G_i, scale y_i G_i, D_last,i, G_i and x_i
+        Aqk_ij  = D_ij (y_i q_i)^T k_j for i >= j
+        factors = beta_i, beta_i G_i, y_i G_i, D_last,i, G_i and x_i
 
     k is normalised and rounded as `fused_inter_chunk` does it from x: where keys are alike, A and the state
     must agree on what a key is. q is not, y scales what it gives.
@@ -47,11 +47,11 @@ def fused_intra_chunk_kernel(
     p_q = q + o_t0 * stride_q_t + i_h * stride_q_h + o_i[:, None] * stride_q_t + o_k[None, :]
     p_k = k + o_t0 * stride_k_t + i_h * stride_k_h + o_i[:, None] * stride_k_t + o_k[None, :]
     b_q, b_k = tl.load(p_q, mask=m_k, other=0.0), tl.load(p_k, mask=m_k, other=0.0)
-    b_x_i, b_y_i = tl.full((BT,), 1.0, dtype=tl.float32), tl.full((BT,), scale, dtype=tl.float32)
+    b_x_i, b_y_i = tl.full((BT,), 1.0, dtype=tl.float32), tl.full((BT,), 1.0, dtype=tl.float32)
     if NORMALISE:
         b_x_i = tl.where(m_i, inverse_length(b_k.to(tl.float32), eps), 0.0)
         b_k = (b_k.to(tl.float32) * b_x_i[:, None]).to(b_k.dtype)
-        b_y_i = tl.where(m_i, scale * inverse_length(b_q.to(tl.float32), eps), 0.0)
+        b_y_i = tl.where(m_i, inverse_length(b_q.to(tl.float32), eps), 0.0)
     b_kk = tl.dot(b_k, tl.trans(b_k), input_precision="ieee")
     b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
 
@@ -96,7 +96,6 @@ def fused_intra_chunk(
     g: torch.Tensor,
     beta: torch.Tensor,
     *,
-    scale: float,
     use_qk_l2norm_in_kernel: bool,
     eps: float,
     cu_seqlens: torch.Tensor,
@@ -107,7 +106,6 @@ def fused_intra_chunk(
     Args:
         q, k: queries and keys `[T, H, K]`, the last dimension contiguous.
         g, beta: `[T, HV]`.
-        scale: factor of the output.
         use_qk_l2norm_in_kernel: normalise q and k over K first.
         eps: added to the sum of squares by that normalisation.
         cu_seqlens: `[N + 1]` int32.
@@ -126,7 +124,7 @@ def fused_intra_chunk(
         len(chunk_indices) * HV,
         {
             "q": q, "k": k, "g": g, "beta": beta, "A": A, "Aqk": Aqk, "factors": factors,
-            "cu_seqlens": cu_seqlens, "chunk_indices": chunk_indices, "scale": scale, "eps": eps, "T": T,
+            "cu_seqlens": cu_seqlens, "chunk_indices": chunk_indices, "eps": eps, "T": T,
             "stride_q_t": q.stride(0), "stride_q_h": q.stride(1),
             "stride_k_t": k.stride(0), "stride_k_h": k.stride(1),
             "stride_g_t": g.stride(0), "stride_g_h": g.stride(1),
