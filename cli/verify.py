@@ -104,8 +104,8 @@ class Options:
 
     @property
     def is_interpreted(self) -> bool:
-        """Whether Triton kernels are asked for where only its interpreter runs them."""
-        return self.device == "cpu" and IMPLEMENTATIONS[self.implementation].uses_triton
+        """Whether its kernels run in Triton's interpreter."""
+        return _is_interpreted(self.implementation, self.device)
 
 
 @dataclass(frozen=True)
@@ -190,21 +190,21 @@ def options_with_defaults(
     if implementation is None:
         implementation = "eager" if device == "cpu" else "fused"
     check_choice("--implementation", implementation, tuple(IMPLEMENTATIONS))
-    options = Options(
+    tokens, heads = (256, 1) if _is_interpreted(implementation, device) else (1024, 16)
+    H = heads if H is None else H
+    return Options(
         implementation=implementation,
         device=device,
-        max_num_batched_tokens=1024 if max_num_batched_tokens is None else max_num_batched_tokens,
-        H=16 if H is None else H,
-        HV=0 if HV is None else HV,
+        max_num_batched_tokens=tokens if max_num_batched_tokens is None else max_num_batched_tokens,
+        H=H,
+        HV=2 * H if HV is None else HV,
         **others,
     )
-    if options.is_interpreted:
-        options = dataclasses.replace(
-            options,
-            max_num_batched_tokens=256 if max_num_batched_tokens is None else max_num_batched_tokens,
-            H=1 if H is None else H,
-        )
-    return dataclasses.replace(options, HV=options.HV or 2 * options.H)
+
+
+def _is_interpreted(implementation: str, device: str) -> bool:
+    """Whether Triton kernels are asked for where only its interpreter runs them."""
+    return device == "cpu" and IMPLEMENTATIONS[implementation].uses_triton
 
 
 def run_verify(options: Options) -> int:
