@@ -35,6 +35,10 @@ class TraceError(AscendTwinError, ValueError):
     """A request trace cannot be read; the message names the file, the line and the reason."""
 
 
+class SchedulerStateError(AscendTwinError, RuntimeError):
+    """A scheduler met a state that it rules out: where vLLM asserts, or a caller broke its rules."""
+
+
 def invalid_argument(name: str, value: object, allowed: str) -> NoReturn:
     """Raise `InvalidArgumentError` in the one form that all messages of the package share."""
     raise InvalidArgumentError(f"{name} is {value}; allowed: {allowed}")
