@@ -47,7 +47,7 @@ from ..optimized.gdn.kernels.block_sizes import CHUNK_SIZE
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn.inputs import check_choice
 from ..scheduler.prefill_steps import PrefillStep, prefill_steps
-from ..scheduler.workload import generate_requests, read_trace
+from ..scheduler.traces import generate_requests, read_trace
 from .output_files import check_writable, write_atomically
 
 # Steps of the workload, and the seed; None is a fresh one.

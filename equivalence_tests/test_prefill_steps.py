@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ascend_twin.reference.errors import InvalidArgumentError
 from ascend_twin.scheduler.prefill_steps import PrefillStep, prefill_steps
-from ascend_twin.scheduler.workload import TraceRequest
+from ascend_twin.scheduler.traces import TraceRequest
 
 STEP_MS = 10.0
 

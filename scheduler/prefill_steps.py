@@ -1,4 +1,4 @@
-"""The prefill batches that a chunked-prefill scheduler forms: a stand-in until there is a full scheduler."""
+"""The prefill batches of a workload, quickly: their shapes alone, without blocks, for a trace in a second."""
 
 import math
 from collections import deque
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..reference.errors import invalid_argument
-from .workload import TraceRequest
+from .traces import TraceRequest
 
 
 @dataclass(frozen=True)

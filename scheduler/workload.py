@@ -1,151 +1,322 @@
-"""Where requests come from: a recorded trace, or a seeded generator with lengths of the same kind."""
+"""Request mixes as plain data: what each request asks for, its tokens, and the mix of a recorded trace."""
 
-import json
-import math
-import random
+import hashlib
 import reprlib
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any
 
-from ..reference.errors import TraceError, invalid_argument
+from ..reference.errors import InvalidArgumentError, invalid_argument
+from .traces import BLOCK_TOKENS, MOST, MOST_TOKENS, TraceRequest
 
-BLOCK_TOKENS = 512
-MOST_TOKENS = 2**31 - 1  # cu_seqlens are int32
-MOST = 2**63 - 1
-
-# The generator's numbers are our own model of a conversation service under steady load, not anybody's data.
-MEDIAN_PROMPT_TOKENS = 6_900
-MEAN_PROMPT_TOKENS = 12_000
-MOST_PROMPT_TOKENS = 126_000
-MEAN_OUTPUT_TOKENS = 340
-MOST_OUTPUT_TOKENS = 2_000
-REQUESTS_AN_HOUR = 12_031
+VOCABULARY_SIZE = 64  # tokens are 0 to 63, in prompts and outputs; it must divide 256 (see segment_tokens)
+EOS_TOKEN_ID = 0
+IMAGE_TOKEN_ID = VOCABULARY_SIZE  # at the placeholders of images, and nowhere else
 
 
 @dataclass(frozen=True)
-class TraceRequest:
-    """One request of a workload.
+class ImageSpec:
+    """An image (or other encoder input) of a prompt; equal identifiers are the same image.
 
     Attributes:
-        arrival_ms: from the start of the workload, ms, >= 0.
-        num_prompt_tokens: tokens, >= 1.
-        num_output_tokens: generated tokens, >= 0.
-        hash_ids: one id for each block of 512 prompt tokens; equal ids mean equal prefixes.
+        identifier: any text but "".
+        offset: of its first placeholder, in tokens of the prompt (of the chunk, in a SessionChunk).
+        length: placeholders, tokens, >= 1.
+        is_embed: says of each placeholder whether it takes an embedding of the encoder, at least one does;
+            None is all of them.
     """
 
+    identifier: str
+    offset: int
+    length: int
+    is_embed: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("identifier", self.identifier)
+        _check_int("offset", self.offset, 0, MOST_TOKENS)
+        _check_int("length", self.length, 1, MOST_TOKENS)
+        if self.is_embed is not None:
+            _check_all("is_embed", self.is_embed, bool)
+            if len(self.is_embed) != self.length or not any(self.is_embed):
+                invalid_argument(
+                    "is_embed", self.is_embed, f"{self.length} bools, one at least True, or None"
+                )
+
+
+@dataclass(frozen=True)
+class RemoteHit:
+    """What a remote KV cache holds of a request.
+
+    Attributes:
+        num_tokens: of its prompt, from the first, >= 1.
+        asynchronous: loaded while the request waits, instead of during the step that goes on from there.
+        polls: how often the scheduler is first told "not known yet".
+    """
+
+    num_tokens: int
+    asynchronous: bool = False
+    polls: int = 0
+
+    def __post_init__(self) -> None:
+        _check_int("num_tokens", self.num_tokens, 1, MOST_TOKENS)
+        _check_bool("asynchronous", self.asynchronous)
+        _check_int("polls", self.polls, 0)
+
+
+@dataclass(frozen=True)
+class SessionChunk:
+    """A further input of a session: `segments`, `max_tokens` and `images` as in RequestSpec."""
+
+    segments: tuple[tuple[int, int], ...]
+    max_tokens: int
+    images: tuple[ImageSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_input(self.segments, self.max_tokens, self.images)
+
+
+@dataclass(frozen=True)
+class RequestSpec:
+    """One request of a mix.
+
+    Attributes:
+        request_id: any text but "".
+        arrival_ms: from the start of the mix, ms, >= 0.
+        segments: (seed, length) of the pieces whose concatenation is the prompt; `segment_tokens` says which
+            tokens these are. Prompts whose first segments have equal seeds share a prefix.
+        max_tokens: output tokens, at most, >= 1.
+        min_tokens: output tokens before a token may end the request, 0 to max_tokens; this and the next two
+            hold for every input of a session.
+        eos: whether EOS_TOKEN_ID ends it.
+        stop_token_ids: further tokens that end it.
+        priority: the smaller, the earlier (policy "priority").
+        client_index: who gets its outputs, >= 0.
+        draft_acceptance: chance that a draft token is right, 0 to 1.
+        images: in order of their offsets, not overlapping.
+        lora: id of its adapter, >= 1; None is no adapter.
+        cache_salt: blocks are shared only between equal salts; None is no salt.
+        skip_reading_prefix_cache: never start from cached blocks.
+        chunks: further inputs of a session; () is a session of one input, None no session.
+        structured: whether its output obeys a grammar.
+        remote: what a remote KV cache holds of it; None is nothing.
+
+    Raises:
+        InvalidArgumentError: for the first field that is not as above.
+    """
+
+    request_id: str
     arrival_ms: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    hash_ids: tuple[int, ...]
+    segments: tuple[tuple[int, int], ...]
+    max_tokens: int
+    min_tokens: int = 0
+    eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    client_index: int = 0
+    draft_acceptance: float = 0.0
+    images: tuple[ImageSpec, ...] = ()
+    lora: int | None = None
+    cache_salt: str | None = None
+    skip_reading_prefix_cache: bool = False
+    chunks: tuple[SessionChunk, ...] | None = None
+    structured: bool = False
+    remote: RemoteHit | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("request_id", self.request_id)
+        _check_int("arrival_ms", self.arrival_ms, 0)
+        _check_input(self.segments, self.max_tokens, self.images)
+        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_all("stop_token_ids", self.stop_token_ids, int)
+        for i, token in enumerate(self.stop_token_ids):
+            _check_int(f"stop_token_ids[{i}]", token, 0, VOCABULARY_SIZE - 1)
+        _check_int("priority", self.priority, -MOST)
+        _check_int("client_index", self.client_index, 0)
+        if type(self.draft_acceptance) not in (int, float) or not 0 <= self.draft_acceptance <= 1:
+            invalid_argument("draft_acceptance", reprlib.repr(self.draft_acceptance), "a number from 0 to 1")
+        if self.lora is not None:
+            _check_int("lora", self.lora, 1)
+        if self.cache_salt is not None:
+            _check_text("cache_salt", self.cache_salt)
+        if self.chunks is not None:
+            _check_all("chunks", self.chunks, SessionChunk)
+        for name in ("eos", "skip_reading_prefix_cache", "structured"):
+            _check_bool(name, getattr(self, name))
+        if self.remote is not None:
+            _check_remote(self.remote, _num_tokens(self.segments))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return _num_tokens(self.segments)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object, without the fields that have their default value."""
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> "RequestSpec":
+        """The inverse of `to_json`.
+
+        Raises:
+            InvalidArgumentError: the message starts with the path of the field that does not fit.
+        """
+        return _from_json(cls, data, "")
 
 
-def read_trace(path: str | Path) -> list[TraceRequest]:
-    """Read a request trace in JSON Lines, the format of the Mooncake traces.
+@dataclass(frozen=True)
+class RequestMix:
+    """Requests that go to one scheduler; no two of one id."""
 
-    One object a line: `timestamp` (ms, >= 0), `input_length` (tokens, >= 1), `output_length` (tokens, >= 0)
-    and `hash_ids` (a list of ints >= 0). Further fields and blank lines are ignored.
+    requests: tuple[RequestSpec, ...]
 
-    Args:
-        path: of the file.
+    def __post_init__(self) -> None:
+        _check_all("requests", self.requests, RequestSpec)
+        seen: set[str] = set()
+        for i, request in enumerate(self.requests):
+            if request.request_id in seen:
+                invalid_argument(f"requests[{i}].request_id", repr(request.request_id), "an id of its own")
+            seen.add(request.request_id)
 
-    Returns:
-        The requests, in the order of the file; at least one.
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object, without the fields that have their default value."""
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> "RequestMix":
+        """The inverse of `to_json`.
+
+        Raises:
+            InvalidArgumentError: the message starts with the path of the field that does not fit.
+        """
+        return _from_json(cls, data, "")
+
+
+def segment_tokens(seed: int, length: int) -> list[int]:
+    """The first `length` tokens of segment `seed`: token j depends on (seed, j) alone, and is 0 to 63."""
+    return [byte % VOCABULARY_SIZE for byte in hashlib.shake_128(str(seed).encode()).digest(length)]
+
+
+def prompt_token_ids(spec: RequestSpec | SessionChunk) -> list[int]:
+    """The tokens of a request's prompt, or of a further input of its session: 0 to 63, and IMAGE_TOKEN_ID."""
+    token_ids = [token for seed, length in spec.segments for token in segment_tokens(seed, length)]
+    for image in spec.images:
+        token_ids[image.offset : image.offset + image.length] = [IMAGE_TOKEN_ID] * image.length
+    return token_ids
+
+
+def mix_from_trace(requests: Sequence[TraceRequest]) -> RequestMix:
+    """Requests of a trace as a mix: each hash id becomes a segment of 512 tokens (the last may be shorter).
+
+    Requests whose first n hash ids are equal have equal first n * 512 tokens. Their ids are "0", "1", ... A
+    request without output tokens gets one: a scheduler cannot do with less.
 
     Raises:
-        TraceError: `FILE:LINE: reason` for the first line that does not fit (line 1 for an empty file), or
-            `FILE: reason` for a file that cannot be opened.
-
-    Source: https://github.com/kvcache-ai/Mooncake, FAST25-release/traces.
+        InvalidArgumentError: for a request that has not one hash id for each 512 tokens of its prompt.
     """
-    requests = []
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    requests.append(_parse(line, f"{path}:{number}"))
-    except OSError as error:
-        raise TraceError(f"{path}: {error.strerror or error}") from error
-    if not requests:
-        raise TraceError(f"{path}:1: the file is empty; allowed: at least one request")
-    return requests
+    return RequestMix(tuple(_spec(i, request) for i, request in enumerate(requests)))
 
 
-def generate_requests(seed: int, count: int) -> list[TraceRequest]:
-    """Requests like those of a conversation service, when there is no trace to read.
-
-    Independent draws: prompts are log-normal (median 6,900 tokens, mean 12,000, cut at 1 and 126,000),
-    outputs exponential (mean 340 tokens, cut at 1 and 2,000), arrivals a Poisson process of 12,031 an hour.
-    No two prompts share a prefix.
-
-    Args:
-        seed: of all draws; the same seed gives the same requests everywhere.
-        count: how many, >= 0.
-
-    Returns:
-        The requests, in order of arrival.
-
-    Raises:
-        InvalidArgumentError: for a negative count.
-    """
-    if count < 0:
-        invalid_argument("count", count, ">= 0")
-    rng = random.Random(seed)
-    mu = math.log(MEDIAN_PROMPT_TOKENS)
-    sigma = math.sqrt(2 * math.log(MEAN_PROMPT_TOKENS / MEDIAN_PROMPT_TOKENS))
-    arrival_ms, next_id = 0.0, 0
-    requests = []
-    for _ in range(count):
-        arrival_ms += rng.expovariate(REQUESTS_AN_HOUR / 3_600_000)
-        prompt = min(max(1, round(rng.lognormvariate(mu, sigma))), MOST_PROMPT_TOKENS)
-        output = min(max(1, round(rng.expovariate(1 / MEAN_OUTPUT_TOKENS))), MOST_OUTPUT_TOKENS)
-        ids = range(next_id, next_id + -(-prompt // BLOCK_TOKENS))
-        next_id = ids.stop
-        requests.append(TraceRequest(int(arrival_ms), prompt, output, tuple(ids)))
-    return requests
-
-
-def _parse(line: bytes, place: str) -> TraceRequest:
-    try:
-        fields = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise TraceError(f"{place}: not UTF-8 (byte {error.start + 1} of the line)") from error
-    except (ValueError, RecursionError) as error:
-        cut_off = "" if line.endswith(b"\n") else ", and the line has no end: is the file cut off?"
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise TraceError(f"{place}: not JSON ({reason}){cut_off}") from error
-    if not isinstance(fields, dict):
-        _refuse(place, "the line", fields, "a JSON object")
-    return TraceRequest(
-        arrival_ms=_integer("timestamp", fields, place, 0, MOST),
-        num_prompt_tokens=_integer("input_length", fields, place, 1, MOST_TOKENS),
-        num_output_tokens=_integer("output_length", fields, place, 0, MOST_TOKENS),
-        hash_ids=_hash_ids(fields, place),
+def _spec(index: int, request: TraceRequest) -> RequestSpec:
+    num_full, rest = divmod(request.num_prompt_tokens, BLOCK_TOKENS)
+    lengths = [BLOCK_TOKENS] * num_full + [rest] * (rest > 0)
+    if len(request.hash_ids) != len(lengths):
+        invalid_argument(
+            f"requests[{index}].hash_ids",
+            reprlib.repr(request.hash_ids),
+            f"{len(lengths)} ids, one for each {BLOCK_TOKENS} of {request.num_prompt_tokens} tokens",
+        )
+    return RequestSpec(
+        request_id=str(index),
+        arrival_ms=request.arrival_ms,
+        segments=tuple(zip(request.hash_ids, lengths, strict=True)),
+        max_tokens=max(1, request.num_output_tokens),
     )
 
 
-def _integer(name: str, fields: dict[str, object], place: str, least: int, most: int) -> int:
-    value = _field(name, fields, place)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        _refuse(place, name, value, f"an int from {least} to {most}")
+def _num_tokens(segments: tuple[tuple[int, int], ...]) -> int:
+    return sum(length for _, length in segments)
+
+
+def _check_input(
+    segments: tuple[tuple[int, int], ...], max_tokens: int, images: tuple[ImageSpec, ...]
+) -> None:
+    _check_all("segments", segments, tuple)
+    if not segments:
+        invalid_argument("segments", segments, "at least one")
+    for i, segment in enumerate(segments):
+        if len(segment) != 2:
+            invalid_argument(f"segments[{i}]", reprlib.repr(segment), "(seed, length)")
+        _check_int(f"segments[{i}][0]", segment[0], 0)
+        _check_int(f"segments[{i}][1]", segment[1], 1, MOST_TOKENS)
+    _check_int("max_tokens", max_tokens, 1, MOST_TOKENS)
+    _check_all("images", images, ImageSpec)
+    end, num_tokens = 0, _num_tokens(segments)
+    for i, image in enumerate(images):
+        _check_int(f"images[{i}].offset", image.offset, end, num_tokens - image.length)
+        end = image.offset + image.length
+
+
+def _check_remote(remote: RemoteHit, num_tokens: int) -> None:
+    if not isinstance(remote, RemoteHit):
+        invalid_argument("remote", reprlib.repr(remote), "a RemoteHit, or None")
+    # A step that loads must have a token left to compute.
+    _check_int("remote.num_tokens", remote.num_tokens, 1, num_tokens - (not remote.asynchronous))
+
+
+def _check_all(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(x, kind) for x in value):
+        invalid_argument(name, reprlib.repr(value), f"a tuple, each of it a {kind.__name__}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        invalid_argument(name, reprlib.repr(value), "True or False")
+
+
+def _check_int(name: str, value: object, least: int, most: int = MOST) -> None:
+    if type(value) is not int or not least <= value <= most:
+        invalid_argument(name, reprlib.repr(value), f"an int from {least} to {most}")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        invalid_argument(name, reprlib.repr(value), 'a text that is not ""')
+
+
+_NESTED = {"requests": RequestSpec, "images": ImageSpec, "chunks": SessionChunk, "remote": RemoteHit}
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_json(x) for x in value]
+    if not is_dataclass(value):
+        return value
+    named = ((f, getattr(value, f.name)) for f in fields(value))
+    return {f.name: _to_json(x) for f, x in named if x != f.default}
+
+
+def _from_json(cls: type[Any], data: object, place: str) -> Any:
+    """`data` as a `cls`; `place` is its path in the whole, which messages start with."""
+    known = {f.name: f for f in fields(cls)}
+    if not isinstance(data, dict):
+        invalid_argument(place or "the whole", reprlib.repr(data), "a JSON object")
+    prefix = f"{place}." if place else ""
+    for name in data:
+        if name not in known:
+            raise InvalidArgumentError(f"{prefix}{name} is unknown; allowed: {', '.join(known)}")
+    for name, field in known.items():
+        if name not in data and field.default is MISSING:
+            raise InvalidArgumentError(f"{prefix}{name} is missing")
+    values = {name: _part(name, value, prefix + name) for name, value in data.items()}
+    try:
+        return cls(**values)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{prefix}{error}") from None
+
+
+def _part(name: str, value: object, place: str) -> object:
+    if isinstance(value, list):
+        return tuple(_part(name, x, f"{place}[{i}]") for i, x in enumerate(value))
+    if isinstance(value, dict) and name in _NESTED:
+        return _from_json(_NESTED[name], value, place)
     return value
-
-
-def _hash_ids(fields: dict[str, object], place: str) -> tuple[int, ...]:
-    value = _field("hash_ids", fields, place)
-    if not isinstance(value, list):
-        _refuse(place, "hash_ids", value, "a list of ints")
-    for i, x in enumerate(value):
-        if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x <= MOST:
-            _refuse(place, f"hash_ids[{i}]", x, f"an int from 0 to {MOST}")
-    return tuple(value)
-
-
-def _field(name: str, fields: dict[str, object], place: str) -> object:
-    if name not in fields:
-        raise TraceError(f"{place}: {name} is missing")
-    return fields[name]
-
-
-def _refuse(place: str, name: str, value: object, allowed: str) -> NoReturn:
-    raise TraceError(f"{place}: {name} is {reprlib.repr(value)}; allowed: {allowed}")
