@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 
 from ascend_twin.equivalence_tests import interpreter
 from ascend_twin.equivalence_tests.devices import open_test_device
+from ascend_twin.equivalence_tests.vllm017 import why_unavailable
 from ascend_twin.optimized.gdn import IMPLEMENTATIONS
 from ascend_twin.optimized.gdn.device import Device
 from ascend_twin.reference.errors import UnavailableError
@@ -31,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """On a CPU the kernels are interpreted, which must be known before Triton is imported."""
+    config.addinivalue_line("markers", "vllm017: needs vLLM 0.17.0, as in the tox environment of that name")
     config.stash[_NO_TRITON] = None
     if config.getoption("--device") == "cpu":
         try:
@@ -61,6 +63,12 @@ def device(request: pytest.FixtureRequest) -> Device:
         return open_test_device(str(request.config.getoption("--device")))
     except UnavailableError as error:
         pytest.exit(f"--device: {error}", returncode=2)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests beside vLLM are skipped where it is not installed."""
+    if item.get_closest_marker("vllm017") and (reason := why_unavailable()):
+        pytest.skip(f"{reason}; the plain scheduler's own tests ran")
 
 
 @pytest.fixture(autouse=True)

