@@ -45,13 +45,19 @@ from rich.table import Table
 
 from ..equivalence_tests.cases import EquivalenceError
 from ..equivalence_tests.compare import compare_o, compare_state
+from ..equivalence_tests.paged_model import StandInStructuredOutputManager
 from ..equivalence_tests.run_on_device import versions
+from ..equivalence_tests.scheduler_engines import Engine, OurEngine, RequestInput
 from ..equivalence_tests.tolerances import Errors, limit
+from ..equivalence_tests.vllm017 import VLLMEngine
 from ..optimized.gdn import ChunkMetadata, ChunkMetadataBuilder, open_device
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
 from ..optimized.gdn.device import Device
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule, metadata
+from ..scheduler.config import SchedulerConfig
+from ..scheduler.output import ModelRunnerOutput
+from ..scheduler.workload import RequestSpec
 from .output_files import check_writable, write_atomically
 from .peers import (
     FLA_VERSION,
@@ -84,13 +90,18 @@ class Turn(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two calls that do the same work, with their names, and what else there is to say of them."""
+    """Two calls that do the same work, with their names, and what else there is to say of them.
+
+    On a CPU `our_settle` and `peer_settle` run after each call, untimed: they make the next one possible.
+    """
 
     ours: str
     our_call: Call
     peer: str
     peer_call: Call
     note: str = ""
+    our_settle: Call | None = None
+    peer_settle: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,7 @@ def _measure(
     rounds: int,
     advance: Callable[[], None],
     require: bool,
-    turn: Callable[[Call], Turn],
+    turn: Callable[..., Turn],
 ) -> Result:
     try:
         pair = contest.start()
@@ -198,11 +209,13 @@ def _measure(
         return Result(contest.name, skipped=str(error))
     ours, peers = [], []
     with torch.inference_mode():
-        pair.our_call()
-        pair.peer_call()
+        for call, settle in ((pair.our_call, pair.our_settle), (pair.peer_call, pair.peer_settle)):
+            call()
+            if settle:
+                settle()
         for _ in range(rounds):
-            ours.append(turn(pair.our_call))
-            peers.append(turn(pair.peer_call))
+            ours.append(turn(pair.our_call, settle=pair.our_settle))
+            peers.append(turn(pair.peer_call, settle=pair.peer_settle))
             advance()
     ratios = [peer.seconds / our.seconds for our, peer in zip(ours, peers, strict=True)]
     low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
@@ -230,7 +243,7 @@ def _median_ms(turns: Sequence[Turn]) -> tuple[float, float | None]:
     )
 
 
-def _turn_on(device: Device) -> tuple[Callable[[Call], Turn], str]:
+def _turn_on(device: Device) -> tuple[Callable[..., Turn], str]:
     """How turns on a device are timed, and its name. An accelerator becomes the current one of torch."""
     where = device.torch_device
     if where.type == "cpu":
@@ -240,18 +253,20 @@ def _turn_on(device: Device) -> tuple[Callable[[Call], Turn], str]:
     return functools.partial(_device_turn, module=module), module.get_device_name(where)
 
 
-def _turn(call: Call) -> Turn:
+def _turn(call: Call, settle: Call | None = None) -> Turn:
     """A turn on the CPU."""
     times: list[float] = []
     while not times or sum(times) < TURN_SECONDS:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
+        if settle:
+            settle()
     return Turn(float(np.median(times)))
 
 
-def _device_turn(call: Call, module: Any) -> Turn:
-    """A turn on an accelerator; `module` is the part of torch that speaks for it."""
+def _device_turn(call: Call, module: Any, settle: Call | None = None) -> Turn:
+    """A turn on an accelerator; `module` is the part of torch that speaks for it. Nothing settles there."""
     on_device: list[float] = []
     on_host: list[float] = []
     while not on_device or sum(on_device) < TURN_SECONDS:
@@ -398,6 +413,55 @@ def _eager_contest(peer: str, num_heads: int, num_value_heads: int) -> Contest:
     )
 
 
+def _schedule_contest(num_running: int) -> Contest:
+    """One decode step of every request: `schedule()` alone is timed, the tokens are entered between calls."""
+
+    def start() -> Pair:
+        config = SchedulerConfig(
+            num_blocks=2**17, max_model_len=2**20, max_num_seqs=num_running, max_num_batched_tokens=2**14
+        )
+        options: dict[str, Any] = {
+            "asynchronous": False,
+            "clock": time.monotonic,
+            "structured_output_manager": StandInStructuredOutputManager(),
+        }
+        spec = RequestSpec("0", arrival_ms=0, segments=((SEED, 128),), max_tokens=2**20)
+        ours, peer = (
+            _ScheduledDecodes(engine(config, **options), spec, num_running)
+            for engine in (OurEngine, VLLMEngine)
+        )
+        return Pair(
+            "plain Python",
+            ours.schedule,
+            "vLLM 0.17.0",
+            peer.schedule,
+            our_settle=ours.settle,
+            peer_settle=peer.settle,
+        )
+
+    return Contest(f"schedule(), {num_running} running requests, against vLLM", start)
+
+
+class _ScheduledDecodes:
+    """A scheduler with running requests that never end."""
+
+    def __init__(self, engine: Engine, spec: RequestSpec, num_running: int) -> None:
+        self.engine = engine
+        for i in range(num_running):
+            request = dataclasses.replace(spec, request_id=str(i))
+            engine.add(request, RequestInput.of(request, 0, 0.0, keep_blocks=False))
+        while len(engine.scheduler.running) < num_running:
+            self.schedule()
+            self.settle()
+
+    def schedule(self) -> None:
+        self.output = self.engine.scheduler.schedule()
+
+    def settle(self) -> None:
+        req_ids = list(self.output.num_scheduled_tokens)
+        self.engine.update_from_output(self.output, ModelRunnerOutput(req_ids, [[1] for _ in req_ids]))
+
+
 CONTESTS = (
     *(
         _metadata_contest(num_seqs, peer)
@@ -414,6 +478,7 @@ CONTESTS = (
             ("transformers, once a sequence", 2, 4),
         )
     ),
+    *(_schedule_contest(num_running) for num_running in (64, 256)),
 )
 
 

@@ -16,11 +16,16 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `{"versions": {name: version}, "devices": {name: reason}, "implementations": [{"name", "summary",
-        "devices": {name: reason}}]}`; a reason is why something cannot run there, None if it can. Without a
-        torch that works there are no implementations.
+        "devices": {name: reason}}], "schedulers": {name: reason}}`; a reason is why something cannot run,
+        None if it can. Without a torch that works there are neither implementations nor schedulers.
     """
     devices = {name: why_unusable(name) for name in DEVICES}
-    return {"versions": versions(), "devices": devices, "implementations": _implementations(devices)}
+    return {
+        "versions": versions(),
+        "devices": devices,
+        "implementations": _implementations(devices),
+        "schedulers": _schedulers(devices),
+    }
 
 
 def run_doctor(as_json: bool) -> None:
@@ -46,6 +51,14 @@ def _implementations(devices: dict[str, str | None]) -> list[dict[str, Any]]:
     ]
 
 
+def _schedulers(devices: dict[str, str | None]) -> dict[str, str | None]:
+    if devices["cpu"] is not None:
+        return {}
+    from ..equivalence_tests.vllm017 import why_unavailable
+
+    return {"plain": None, "vllm": why_unavailable()}
+
+
 def _lines(found: dict[str, Any]) -> list[str]:
     lines = ["Versions"]
     lines += [f"  {name:<14} {version}" for name, version in found["versions"].items()]
@@ -59,6 +72,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
             lines.append(f"    {device:<12} {_verdict(reason)}{'' if reason else ': ' + command}")
     if not found["implementations"]:
         lines.append("  none can run: torch does not work here")
+    lines += ["", "Schedulers"]
+    for name, reason in found["schedulers"].items():
+        command = "ascend-twin verify --suite scheduler" + (" --against vllm" if name == "vllm" else "")
+        lines.append(f"  {name:<14} {_verdict(reason)}{'' if reason else ': ' + command}")
     return lines
 
 

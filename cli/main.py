@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..reference.errors import AscendTwinError
+from ..reference.errors import AscendTwinError, invalid_argument
 
 _WORKLOAD, _OP, _OUTPUT = "Workload", "Op", "Output"
 
@@ -50,37 +50,66 @@ def main(
 
     \b
     ascend-twin doctor    what can run on this machine, and what cannot, and why
-    ascend-twin verify    do the two agree? No file and no accelerator needed
+    ascend-twin verify    do the two agree? No file and no accelerator needed; also of vLLM's scheduler
     ascend-twin bench     how fast is ours, against the implementations of others
     ascend-twin compile   does every kernel fit on an Ascend NPU? No NPU needed
     """
 
 
-@app.command(short_help="Do the optimized path and the reference agree?")
+@app.command(short_help="Do the plain and the optimized twin agree?")
 def verify(
+    ctx: typer.Context,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="What is verified: gdn (gated delta rule prefill), or scheduler (vLLM's, in plain Python)."
+        ),
+    ] = "gdn",
     trace: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="Request trace in JSON Lines (fields timestamp, input_length, output_length, hash_ids). "
-            "Default: a seeded generator with the lengths of a conversation service.",
+            "Default: for gdn a seeded generator with the lengths of a conversation service, for scheduler "
+            "random runs.",
         ),
     ] = None,
     profile: Annotated[
         str,
         typer.Option(
             envvar="HYPOTHESIS_PROFILE",
-            help="How much: dev (10 steps of the workload, seed 0), ci (30, seed 0), "
-            "nightly (300, a fresh seed, which is printed).",
+            help="How much: dev, ci or nightly. For gdn 10, 30 or 300 steps of the workload, for scheduler "
+            "5,000, 20,000 or 1,000,000 (against vLLM 2,500, 10,000 or 100,000). Seed 0; nightly takes a "
+            "fresh one, which is printed.",
         ),
     ] = "dev",
-    cases: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the workload to check. Default: by --profile.")
-    ] = None,
+    cases: Annotated[int | None, typer.Option(min=1, help="Steps to check. Default: by --profile.")] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the choice of steps and of all values. Default: by --profile."),
+        typer.Option(min=0, help="Of all that is random. Default: by --profile."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PEER",
+            help="scheduler: drive this beside ours and compare everything. vllm is vLLM 0.17.0, which must "
+            "be installed (`tox run -e vllm017` does). Default: ours alone, against oracle and invariants.",
+        ),
+    ] = None,
+    requests: Annotated[
+        int, typer.Option(min=1, help="scheduler with --trace: the first so many of its requests.")
+    ] = 2000,
+    scenario: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="scheduler: run a scenario that a failing run saved, or one of fixtures/cases/scheduler, "
+            "and no other.",
+        ),
+    ] = None,
+    failures: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="scheduler: where scenarios that fail are saved.")
+    ] = Path("scheduler_failures"),
     max_num_batched_tokens: Annotated[
         int | None,
         typer.Option(max=2**20, help="Tokens of a step, at most. Default: 1024; 256 interpreted."),
@@ -111,26 +140,45 @@ def verify(
         typer.Option(metavar="FILE", help="Also write the result there (cli/verify.py: the fields)."),
     ] = None,
 ) -> None:
-    """Do the optimized path and the reference agree on prefill batches of a real workload?
+    """Do the plain and the optimized twin agree?
 
-    The batches are steps that a chunked-prefill scheduler forms from the arrivals and lengths of the
-    workload, and a few fixed corner batches. Each is computed by the definition (token by token, in float64)
-    and must be met by the prebuilt metadata (exactly), by the chunked reference and by the implementation
-    (within the limits of equivalence_tests/tolerances.py). The default shape is that of Qwen3-Next.
+    --suite gdn, the default: do the optimized path and the reference agree on prefill batches of a real
+    workload? The batches are steps that a chunked-prefill scheduler forms from the arrivals and lengths of
+    the workload, and a few fixed corner batches. Each is computed by the definition (token by token, in
+    float64) and must be met by the prebuilt metadata (exactly), by the chunked reference and by the
+    implementation (within the limits of equivalence_tests/tolerances.py). The default shape is that of
+    Qwen3-Next.
 
     staged and fused are Triton kernels. On cpu they run in Triton's interpreter, some thousand times slower
     than on a device; there the default shape has fewer heads and tokens.
 
+    --suite scheduler: does the plain statement of vLLM 0.17.0's scheduler hold its invariants, and does every
+    request say what it must, over random runs in which everything happens: preemption, prefix hits, drafts,
+    images, adapters, sessions, grammars, remote KV, aborts, pauses, resets? With --against vllm: is each of
+    its outputs, and its whole state after every step, that of the real one?
+
     \b
     ascend-twin verify
+    ascend-twin verify --suite scheduler
+    ascend-twin verify --suite scheduler --against vllm --trace conversation.jsonl
     ascend-twin verify --trace conversation.jsonl --cases 100 --json result.json
     ascend-twin verify --implementation fused                 # interpreted, where there is no device
     ascend-twin verify --device npu --max-num-batched-tokens 8192 --max-num-seqs 64
     ascend-twin verify --num-heads 4 --num-value-heads 8      # a rank of Qwen3-Next at TP 4
 
     Exit status: 0 they agree; 1 they differ, and the smallest failing batch is printed as code that
-    reproduces it; 2 the input is wrong or the device is not there, said in one line.
+    reproduces it (a scheduler's is saved); 2 the input is wrong or the device is not there, said in one
+    line; 130 it was interrupted.
     """
+    _refuse_options_without_effect(ctx, suite)
+    if suite == "scheduler":
+        from .verify_scheduler import Options, run_verify_scheduler
+
+        raise typer.Exit(
+            run_verify_scheduler(
+                Options(against, trace, requests, scenario, profile, cases, seed, failures, json)
+            )
+        )
     # Before torch is imported. Its OpenMP threads otherwise spin while they wait, and where other processes
     # want the cores, the many small steps of the definition then take up to a hundred times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -153,6 +201,28 @@ def verify(
         json=json,
     )
     raise typer.Exit(run_verify(options))
+
+
+def _refuse_options_without_effect(ctx: typer.Context, suite: str) -> None:
+    """An option that would have no effect is an error, where it is given on the command line."""
+    both = {"suite", "trace", "profile", "cases", "seed", "json"}
+    scheduler = {"against", "requests", "scenario", "failures"}
+    suites = {"gdn": set(ctx.params) - scheduler, "scheduler": both | scheduler}
+    if suite not in suites:
+        invalid_argument("--suite", suite, f"one of {', '.join(suites)}")
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    for name in given:
+        if name not in suites[suite]:
+            invalid_argument("--suite", suite, f"another one with --{name.replace('_', '-')}")
+    if suite == "scheduler":
+        of_random_runs = {"profile", "cases", "seed", "failures"}
+        for run, others in (("trace", of_random_runs | {"scenario"}), ("scenario", of_random_runs)):
+            for name in given:
+                if run in given and name in others:
+                    invalid_argument(f"--{name}", ctx.params[name], f"not together with --{run}")
+        if "requests" in given and "trace" not in given:
+            invalid_argument("--requests", ctx.params["requests"], "only together with --trace")
 
 
 @app.command(short_help="What can run on this machine, what cannot, and why.")
@@ -197,9 +267,10 @@ def bench(
     Each is measured against the same work done by others, in one process, taking turns. Peers that are not
     installed are skipped and named.
 
-    On cpu: the metadata builder, the chunked reference and the eager path, against vllm-ascend 0.18.0's
-    metadata builder, transformers' Qwen3-Next and our own plain loops (`tox run -e bench-peers` installs
-    them). The Triton paths are not timed there: they are interpreted.
+    On cpu: the metadata builder, the chunked reference, the eager path and the plain scheduler, against
+    vllm-ascend 0.18.0's metadata builder, transformers' Qwen3-Next, our own plain loops and vLLM 0.17.0's
+    scheduler (`tox run -e bench-peers` installs them). The Triton paths are not timed there: they are
+    interpreted.
 
     On cuda: fused and staged against fla-core 0.6.0 (`tox run -e bench-cuda` installs it), on 8192 and 32768
     tokens in 1 to 64 sequences of Qwen3-Next's heads in bfloat16; on npu: fused against staged. On both:

@@ -1,6 +1,7 @@
 """`ascend-twin bench`: what it measures, what it says of missing peers, and its files."""
 
 import importlib.metadata
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from ascend_twin.cli.main import app
 from ascend_twin.cli.peers import FLA_VERSION, load_fla_chunk_gated_delta_rule
 from ascend_twin.cli.traffic import PARTS
 from ascend_twin.equivalence_tests.cases import EquivalenceError
+from ascend_twin.equivalence_tests.scheduler_engines import OurEngine
 from ascend_twin.optimized.gdn import ChunkMetadataBuilder, open_device
 from ascend_twin.optimized.gdn.device import Device
 from ascend_twin.reference.errors import UnavailableError
@@ -87,7 +89,7 @@ def test_turn_on_a_device_is_that_of_the_host_where_the_device_waits_for_it(
 
 def test_result_is_the_ratio_of_the_peer_to_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = iter(bench.Turn(x) for x in (1.0, 2.0, 1.0, 4.0, 1.0, 8.0))
-    monkeypatch.setattr(bench, "_turn", lambda call: next(turns))
+    monkeypatch.setattr(bench, "_turn", lambda call, settle: next(turns))
     pair = bench.Pair("ours", lambda: None, "peer", lambda: None)
     result = bench._measure(bench.Contest("x", lambda: pair), 3, lambda: None, True, bench._turn)
     assert (result.ours, result.ours_ms, result.peer, result.peer_ms) == ("ours", 1e3, "peer", 4e3)
@@ -98,7 +100,9 @@ def test_result_is_the_ratio_of_the_peer_to_ours(monkeypatch: pytest.MonkeyPatch
 def test_result_tells_the_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = iter([bench.Turn(1.0, 0.25), bench.Turn(2.0, 3.0)])
     pair = bench.Pair("ours", lambda: None, "peer", lambda: None)
-    result = bench._measure(bench.Contest("x", lambda: pair), 1, lambda: None, True, lambda call: next(turns))
+    result = bench._measure(
+        bench.Contest("x", lambda: pair), 1, lambda: None, True, lambda call, settle: next(turns)
+    )
     assert (result.our_host_ms, result.peer_host_ms) == (250.0, 3000.0)
     assert bench._time(result.ours_ms, result.our_host_ms) == "1e+03 ms, host 25%"
     assert bench._time(result.peer_ms, result.peer_host_ms) == "2e+03 ms, host 150%"
@@ -307,7 +311,9 @@ def test_bench_on_an_accelerator(
         )
         turns = iter(bench.Turn(x, x / 4) for x in (1.0, 2.0, 1.0, 3.0))
         monkeypatch.setattr(bench, "contests_on", lambda opened: contests)
-        monkeypatch.setattr(bench, "_turn_on", lambda opened: (lambda call: next(turns), "a fake GPU"))
+        monkeypatch.setattr(
+            bench, "_turn_on", lambda opened: (lambda call, settle: next(turns), "a fake GPU")
+        )
     json_path = tmp_path / "x.json"
     bench.run_bench([], 1, None, json_path, tmp_path / "x.png", True, str(device.torch_device))
     report, printed = json.loads(json_path.read_text()), capsys.readouterr().out
@@ -345,3 +351,23 @@ def test_bench_refuses_before_it_measures(
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
     assert said in result.output
+
+
+def test_schedule_contest_times_a_decode_step_of_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "VLLMEngine", OurEngine)
+    (contest,) = [c for c in bench.CONTESTS if c.name == "schedule(), 64 running requests, against vLLM"]
+    pair = contest.start()
+    assert pair.our_settle
+    decodes = pair.our_call.__self__  # type: ignore[attr-defined]
+    for _ in range(3):
+        num_tokens = [r.num_tokens for r in decodes.engine.scheduler.running]
+        pair.our_call()
+        assert list(decodes.output.num_scheduled_tokens.values()) == [1] * 64
+        pair.our_settle()
+        assert [r.num_tokens for r in decodes.engine.scheduler.running] == [n + 1 for n in num_tokens]
+
+
+def test_a_turn_does_not_time_what_settles(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    assert bench._turn(lambda: None, settle=lambda: next(clock)) == bench.Turn(1.0)
