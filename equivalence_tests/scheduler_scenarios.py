@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..reference.errors import InvalidArgumentError, invalid_argument
+from ..scheduler.checks import check_bool, check_int, check_type, read_object
 from ..scheduler.config import SchedulerConfig
-from ..scheduler.traces import MOST
 from ..scheduler.workload import RequestSpec
 
 
@@ -20,9 +20,8 @@ class Add:
     keep_blocks: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.request, RequestSpec):
-            invalid_argument("request", reprlib.repr(self.request), "a RequestSpec")
-        _check_bools(self, "keep_blocks")
+        check_type("request", self.request, RequestSpec)
+        check_bool("keep_blocks", self.keep_blocks)
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Step:
     eager: bool = False
 
     def __post_init__(self) -> None:
-        _check_int("count", self.count, 1)
-        _check_bools(self, "eager")
+        check_int("count", self.count, 1)
+        check_bool("eager", self.eager)
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Abort:
             if not isinstance(self.targets, tuple):
                 invalid_argument("targets", reprlib.repr(self.targets), "a tuple of ints, or None")
             for i, target in enumerate(self.targets):
-                _check_int(f"targets[{i}]", target, 0)
-        _check_bools(self, "late")
+                check_int(f"targets[{i}]", target, 0)
+        check_bool("late", self.late)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Pause:
     state: int
 
     def __post_init__(self) -> None:
-        _check_int("state", self.state, 0, 2)
+        check_int("state", self.state, 0, 2)
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ class ResetPrefixCache:
     connector: bool = False
 
     def __post_init__(self) -> None:
-        _check_bools(self, "running", "connector")
+        check_bool("running", self.running)
+        check_bool("connector", self.connector)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class GrammarReady:
     index: int
 
     def __post_init__(self) -> None:
-        _check_int("index", self.index, 0)
+        check_int("index", self.index, 0)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SessionInput:
     index: int
 
     def __post_init__(self) -> None:
-        _check_int("index", self.index, 0)
+        check_int("index", self.index, 0)
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class RemoteDone:
     failed_block: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("index", self.index, 0)
+        check_int("index", self.index, 0)
         if self.failed_block is not None:
-            _check_int("failed_block", self.failed_block, 0)
+            check_int("failed_block", self.failed_block, 0)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class SendingDone:
     index: int
 
     def __post_init__(self) -> None:
-        _check_int("index", self.index, 0)
+        check_int("index", self.index, 0)
 
 
 Event = (
@@ -165,12 +165,12 @@ class Scenario:
     connector: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.config, SchedulerConfig):
-            invalid_argument("config", reprlib.repr(self.config), "a SchedulerConfig")
+        check_type("config", self.config, SchedulerConfig)
         if not isinstance(self.events, tuple) or not all(isinstance(event, Event) for event in self.events):
             invalid_argument("events", reprlib.repr(self.events), "a tuple, each of it an event")
-        _check_int("async_depth", self.async_depth, 2)
-        _check_bools(self, "async_scheduling", "connector")
+        check_int("async_depth", self.async_depth, 2)
+        check_bool("async_scheduling", self.async_scheduling)
+        check_bool("connector", self.connector)
         if self.connector and self.config.kv_groups != ("full_attention",):
             invalid_argument("connector", True, f"False with kv_groups {self.config.kv_groups}")
 
@@ -192,7 +192,7 @@ class Scenario:
             InvalidArgumentError: the message starts with the path of the field that does not fit.
         """
         try:
-            return _from_json(cls, data, "")
+            return read_object(cls, data, "", _read_field)
         except RecursionError:
             raise InvalidArgumentError("the scenario is nested too deeply") from None
 
@@ -227,28 +227,9 @@ def _without_defaults(value: Any) -> dict[str, Any]:
     }
 
 
-def _from_json(kind: type[Any], data: object, place: str) -> Any:
-    """`data` as a `kind`; `place` is its path in the whole, which messages start with."""
-    if not isinstance(data, dict):
-        invalid_argument(place or "the scenario", reprlib.repr(data), "a JSON object")
-    known = {f.name: f for f in fields(kind)}
-    prefix = f"{place}." if place else ""
-    for name in data:
-        if name not in known:
-            raise InvalidArgumentError(f"{prefix}{name} is unknown; allowed: {', '.join(known) or 'nothing'}")
-    for name, field in known.items():
-        if name not in data and field.default is MISSING:
-            raise InvalidArgumentError(f"{prefix}{name} is missing")
-    values = {name: _part(name, value, prefix + name) for name, value in data.items()}
-    try:
-        return kind(**values)
-    except InvalidArgumentError as error:
-        raise InvalidArgumentError(f"{prefix}{error}") from None
-
-
-def _part(name: str, value: object, place: str) -> object:
+def _read_field(name: str, value: object, place: str) -> object:
     if name == "config":
-        return _from_json(SchedulerConfig, value, place)
+        return read_object(SchedulerConfig, value, place, _read_field)
     if name == "request" and isinstance(value, dict):
         try:
             return RequestSpec.from_json(value)
@@ -263,15 +244,5 @@ def _event(data: object, place: str) -> Event:
     name = data.get("event") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(name, str) or name not in EVENTS:
         invalid_argument(place, reprlib.repr(data), f"an object whose event is one of {', '.join(EVENTS)}")
-    return _from_json(EVENTS[name], {key: x for key, x in data.items() if key != "event"}, place)
-
-
-def _check_bools(value: object, *names: str) -> None:
-    for name in names:
-        if not isinstance(getattr(value, name), bool):
-            invalid_argument(name, reprlib.repr(getattr(value, name)), "True or False")
-
-
-def _check_int(name: str, value: object, least: int, most: int = MOST) -> None:
-    if type(value) is not int or not least <= value <= most:
-        invalid_argument(name, reprlib.repr(value), f"an int from {least} to {most}")
+    values = {key: x for key, x in data.items() if key != "event"}
+    return read_object(EVENTS[name], values, place, _read_field)

@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..reference.errors import SchedulerStateError, invalid_argument
+from .checks import check_text, check_type
 from .config import SchedulerConfig
 from .connector import KVConnector
 from .encoder_cache import EncoderCacheManager
 from .kv_blocks import KVCacheManager, update_block_hashes
 from .output import EngineCoreEventType
 from .remote_kv import RemoteKV
-from .request import Request, RequestStatus, StreamingUpdate, check_text, check_type
+from .request import Request, RequestStatus, StreamingUpdate
 from .request_queue import create_request_queue
 from .stats import SchedulerStats, SpecDecodingStats
 

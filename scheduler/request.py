@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..reference.errors import invalid_argument
+from .checks import check_bool, check_int, check_text, check_tuple, check_type
 from .output import EngineCoreEvent, EngineCoreEventType, FinishReason
 
 
@@ -67,10 +68,8 @@ class SamplingParams:
         check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.eos_token_id is not None:
             check_int("eos_token_id", self.eos_token_id, 0)
-        check_type("stop_token_ids", self.stop_token_ids, tuple)
-        for token_id in self.stop_token_ids:
-            check_int("stop_token_ids", token_id, 0)
-        check_type("skip_reading_prefix_cache", self.skip_reading_prefix_cache, bool)
+        check_tuple("stop_token_ids", self.stop_token_ids, int)
+        check_bool("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ class Request:
         check_int("client_index", client_index, 0)
         if type(arrival_time) not in (int, float) or not math.isfinite(arrival_time):
             invalid_argument("arrival_time", reprlib.repr(arrival_time), "a finite number, s")
-        check_type("resumable", resumable, bool)
+        check_bool("resumable", resumable)
         for name, value, kind in (
             ("lora_request", lora_request, LoRARequest),
             ("cache_salt", cache_salt, str),
@@ -287,26 +286,6 @@ class Request:
         """Events since the last call, or None."""
         events, self.events = self.events, []
         return events or None
-
-
-def check_type(name: str, value: object, kind: type) -> None:
-    """Refuse a value that is no `kind`."""
-    if not isinstance(value, kind):
-        invalid_argument(name, reprlib.repr(value), f"a {kind.__name__}")
-
-
-def check_int(name: str, value: object, least: int | None = None, most: int | None = None) -> None:
-    """Refuse what is no int, or out of range; a bool is no int."""
-    fits = type(value) is int and (least is None or value >= least) and (most is None or value <= most)
-    if not fits:
-        limits = ("" if least is None else f" >= {least}") + ("" if most is None else f", <= {most}")
-        invalid_argument(name, reprlib.repr(value), f"an int{limits}")
-
-
-def check_text(name: str, value: object) -> None:
-    """Refuse what is no text, or empty."""
-    if not isinstance(value, str) or not value:
-        invalid_argument(name, reprlib.repr(value), 'a text that is not ""')
 
 
 def _token_ids(token_ids: Sequence[int]) -> list[int]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..reference.errors import TraceError, invalid_argument
+from .checks import MOST
 
 BLOCK_TOKENS = 512
 MOST_TOKENS = 2**31 - 1  # cu_seqlens are int32
-MOST = 2**63 - 1
 
 # The generator's numbers are our own model of a conversation service under steady load, not anybody's data.
 MEDIAN_PROMPT_TOKENS = 6_900

@@ -3,11 +3,12 @@
 import hashlib
 import reprlib
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from ..reference.errors import InvalidArgumentError, invalid_argument
-from .traces import BLOCK_TOKENS, MOST, MOST_TOKENS, TraceRequest
+from ..reference.errors import invalid_argument
+from .checks import check_bool, check_int, check_text, check_tuple, read_object
+from .traces import BLOCK_TOKENS, MOST_TOKENS, TraceRequest
 
 VOCABULARY_SIZE = 64  # tokens are 0 to 63, in prompts and outputs; it must divide 256 (see segment_tokens)
 EOS_TOKEN_ID = 0
@@ -32,11 +33,11 @@ class ImageSpec:
     is_embed: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_text("identifier", self.identifier)
-        _check_int("offset", self.offset, 0, MOST_TOKENS)
-        _check_int("length", self.length, 1, MOST_TOKENS)
+        check_text("identifier", self.identifier)
+        check_int("offset", self.offset, 0, MOST_TOKENS)
+        check_int("length", self.length, 1, MOST_TOKENS)
         if self.is_embed is not None:
-            _check_all("is_embed", self.is_embed, bool)
+            check_tuple("is_embed", self.is_embed, bool)
             if len(self.is_embed) != self.length or not any(self.is_embed):
                 invalid_argument(
                     "is_embed", self.is_embed, f"{self.length} bools, one at least True, or None"
@@ -58,9 +59,9 @@ class RemoteHit:
     polls: int = 0
 
     def __post_init__(self) -> None:
-        _check_int("num_tokens", self.num_tokens, 1, MOST_TOKENS)
-        _check_bool("asynchronous", self.asynchronous)
-        _check_int("polls", self.polls, 0)
+        check_int("num_tokens", self.num_tokens, 1, MOST_TOKENS)
+        check_bool("asynchronous", self.asynchronous)
+        check_int("polls", self.polls, 0)
 
 
 @dataclass(frozen=True)
@@ -123,25 +124,25 @@ class RequestSpec:
     remote: RemoteHit | None = None
 
     def __post_init__(self) -> None:
-        _check_text("request_id", self.request_id)
-        _check_int("arrival_ms", self.arrival_ms, 0)
+        check_text("request_id", self.request_id)
+        check_int("arrival_ms", self.arrival_ms, 0)
         _check_input(self.segments, self.max_tokens, self.images)
-        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check_all("stop_token_ids", self.stop_token_ids, int)
+        check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        check_tuple("stop_token_ids", self.stop_token_ids, int)
         for i, token in enumerate(self.stop_token_ids):
-            _check_int(f"stop_token_ids[{i}]", token, 0, VOCABULARY_SIZE - 1)
-        _check_int("priority", self.priority, -MOST)
-        _check_int("client_index", self.client_index, 0)
+            check_int(f"stop_token_ids[{i}]", token, 0, VOCABULARY_SIZE - 1)
+        check_int("priority", self.priority)
+        check_int("client_index", self.client_index, 0)
         if type(self.draft_acceptance) not in (int, float) or not 0 <= self.draft_acceptance <= 1:
             invalid_argument("draft_acceptance", reprlib.repr(self.draft_acceptance), "a number from 0 to 1")
         if self.lora is not None:
-            _check_int("lora", self.lora, 1)
+            check_int("lora", self.lora, 1)
         if self.cache_salt is not None:
-            _check_text("cache_salt", self.cache_salt)
+            check_text("cache_salt", self.cache_salt)
         if self.chunks is not None:
-            _check_all("chunks", self.chunks, SessionChunk)
+            check_tuple("chunks", self.chunks, SessionChunk)
         for name in ("eos", "skip_reading_prefix_cache", "structured"):
-            _check_bool(name, getattr(self, name))
+            check_bool(name, getattr(self, name))
         if self.remote is not None:
             _check_remote(self.remote, _num_tokens(self.segments))
 
@@ -160,7 +161,7 @@ class RequestSpec:
         Raises:
             InvalidArgumentError: the message starts with the path of the field that does not fit.
         """
-        return _from_json(cls, data, "")
+        return read_object(cls, data, "", _read_field)
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class RequestMix:
     requests: tuple[RequestSpec, ...]
 
     def __post_init__(self) -> None:
-        _check_all("requests", self.requests, RequestSpec)
+        check_tuple("requests", self.requests, RequestSpec)
         seen: set[str] = set()
         for i, request in enumerate(self.requests):
             if request.request_id in seen:
@@ -188,7 +189,7 @@ class RequestMix:
         Raises:
             InvalidArgumentError: the message starts with the path of the field that does not fit.
         """
-        return _from_json(cls, data, "")
+        return read_object(cls, data, "", _read_field)
 
 
 def segment_tokens(seed: int, length: int) -> list[int]:
@@ -240,19 +241,19 @@ def _num_tokens(segments: tuple[tuple[int, int], ...]) -> int:
 def _check_input(
     segments: tuple[tuple[int, int], ...], max_tokens: int, images: tuple[ImageSpec, ...]
 ) -> None:
-    _check_all("segments", segments, tuple)
+    check_tuple("segments", segments, tuple)
     if not segments:
         invalid_argument("segments", segments, "at least one")
     for i, segment in enumerate(segments):
         if len(segment) != 2:
             invalid_argument(f"segments[{i}]", reprlib.repr(segment), "(seed, length)")
-        _check_int(f"segments[{i}][0]", segment[0], 0)
-        _check_int(f"segments[{i}][1]", segment[1], 1, MOST_TOKENS)
-    _check_int("max_tokens", max_tokens, 1, MOST_TOKENS)
-    _check_all("images", images, ImageSpec)
+        check_int(f"segments[{i}][0]", segment[0], 0)
+        check_int(f"segments[{i}][1]", segment[1], 1, MOST_TOKENS)
+    check_int("max_tokens", max_tokens, 1, MOST_TOKENS)
+    check_tuple("images", images, ImageSpec)
     end, num_tokens = 0, _num_tokens(segments)
     for i, image in enumerate(images):
-        _check_int(f"images[{i}].offset", image.offset, end, num_tokens - image.length)
+        check_int(f"images[{i}].offset", image.offset, end, num_tokens - image.length)
         end = image.offset + image.length
 
 
@@ -260,27 +261,7 @@ def _check_remote(remote: RemoteHit, num_tokens: int) -> None:
     if not isinstance(remote, RemoteHit):
         invalid_argument("remote", reprlib.repr(remote), "a RemoteHit, or None")
     # A step that loads must have a token left to compute.
-    _check_int("remote.num_tokens", remote.num_tokens, 1, num_tokens - (not remote.asynchronous))
-
-
-def _check_all(name: str, value: object, kind: type) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(x, kind) for x in value):
-        invalid_argument(name, reprlib.repr(value), f"a tuple, each of it a {kind.__name__}")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        invalid_argument(name, reprlib.repr(value), "True or False")
-
-
-def _check_int(name: str, value: object, least: int, most: int = MOST) -> None:
-    if type(value) is not int or not least <= value <= most:
-        invalid_argument(name, reprlib.repr(value), f"an int from {least} to {most}")
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str) or not value:
-        invalid_argument(name, reprlib.repr(value), 'a text that is not ""')
+    check_int("remote.num_tokens", remote.num_tokens, 1, num_tokens - (not remote.asynchronous))
 
 
 _NESTED = {"requests": RequestSpec, "images": ImageSpec, "chunks": SessionChunk, "remote": RemoteHit}
@@ -295,28 +276,9 @@ def _to_json(value: Any) -> Any:
     return {f.name: _to_json(x) for f, x in named if x != f.default}
 
 
-def _from_json(cls: type[Any], data: object, place: str) -> Any:
-    """`data` as a `cls`; `place` is its path in the whole, which messages start with."""
-    known = {f.name: f for f in fields(cls)}
-    if not isinstance(data, dict):
-        invalid_argument(place or "the whole", reprlib.repr(data), "a JSON object")
-    prefix = f"{place}." if place else ""
-    for name in data:
-        if name not in known:
-            raise InvalidArgumentError(f"{prefix}{name} is unknown; allowed: {', '.join(known)}")
-    for name, field in known.items():
-        if name not in data and field.default is MISSING:
-            raise InvalidArgumentError(f"{prefix}{name} is missing")
-    values = {name: _part(name, value, prefix + name) for name, value in data.items()}
-    try:
-        return cls(**values)
-    except InvalidArgumentError as error:
-        raise InvalidArgumentError(f"{prefix}{error}") from None
-
-
-def _part(name: str, value: object, place: str) -> object:
+def _read_field(name: str, value: object, place: str) -> object:
     if isinstance(value, list):
-        return tuple(_part(name, x, f"{place}[{i}]") for i, x in enumerate(value))
+        return tuple(_read_field(name, x, f"{place}[{i}]") for i, x in enumerate(value))
     if isinstance(value, dict) and name in _NESTED:
-        return _from_json(_NESTED[name], value, place)
+        return read_object(_NESTED[name], value, place, _read_field)
     return value
