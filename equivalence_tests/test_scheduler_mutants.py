@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from ascend_twin.equivalence_tests.scheduler_engines import Engine, OurEngine, RequestInput
-from ascend_twin.equivalence_tests.scheduler_runs import CheckedEngine, Run, random_runs
-from ascend_twin.reference.errors import AscendTwinError
+from ascend_twin.equivalence_tests.scheduler_runs import CheckedEngine, Run, random_runs, run_scenario
 from ascend_twin.scheduler.workload import RequestSpec
 
 SEED = 1
@@ -865,19 +864,6 @@ def find(mutant: Mutant, engines: Engines, failure: str = "") -> Run | None:
     return next((run for run in failed if run.failure.startswith(failure)), None)
 
 
-def replay(run: Run, engines: Sequence[type[Engine]]) -> Run:
-    """The same events once more, for other schedulers."""
-    again = Run(run.setup, engines)
-    try:
-        for event in run.events:
-            again.apply(event)
-    except AscendTwinError as error:
-        again.conclude(error)
-    else:
-        again.conclude()
-    return again
-
-
 def ids(value: object) -> str | None:
     return value.name if isinstance(value, Mutant) else getattr(value, "__name__", None)
 
@@ -896,7 +882,7 @@ def test_random_runs_pass_the_unmutated_scheduler():
 def test_comparison_finds(mutant: Mutant):
     run = find(mutant, beside_ours, "SchedulerDifference: ")
     assert run is not None, "survives"
-    again = replay(run, (engine_of(UNMUTATED, CheckedEngine), OurEngine))
+    again = run_scenario(run.scenario, (engine_of(UNMUTATED, CheckedEngine), OurEngine))
     assert not again.failure
 
 
@@ -904,5 +890,5 @@ def test_comparison_finds(mutant: Mutant):
 def test_invariants_and_oracle_find(mutant: Mutant):
     run = find(mutant, alone)
     assert run is not None, "survives"
-    again = replay(run, alone(UNMUTATED))
+    again = run_scenario(run.scenario, alone(UNMUTATED))
     assert not again.failure
