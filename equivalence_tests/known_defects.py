@@ -100,8 +100,8 @@ DEFECTS = (
     Defect(
         "grammar_does_not_see_drafts",
         "near #54437",
-        "Async: when no output is in flight the bitmask is made at once, with the drafts still -1; what "
-        "follows an accepted draft is then not restricted.",
+        "Async: the bitmask is made with the drafts still -1, as no output is in flight, or the request was "
+        "not in the step before; what follows an accepted draft is then not restricted.",
         (ORACLE,),
     ),
     Defect(
@@ -285,7 +285,7 @@ class _Watch(UpstreamScheduler):
             if is_deferred and self._is_in_flight(request_id, but=scheduler_output):
                 self.defects["grammar_lags_behind"] += 1
             unknown = -1 in scheduler_output.scheduled_spec_decode_tokens.get(request_id, ())
-            if unknown and scheduler_output.num_invalid_spec_tokens is None:
+            if unknown and request_id not in (scheduler_output.num_invalid_spec_tokens or {}):
                 self.defects["grammar_does_not_see_drafts"] += 1
         return grammar_output
 
