@@ -778,7 +778,10 @@ class StandInStructuredOutputManager:
 
 @dataclass(frozen=True)
 class RemoteLoad:
-    """Positions `start` to `num_tokens` of a request, to be written to its blocks."""
+    """Positions `start` to `num_tokens` of a request, to be written to its blocks.
+
+    `unhashed_block_ids` are those that nobody can find yet; for comparison alone.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -787,6 +790,7 @@ class RemoteLoad:
     block_ids: tuple[int, ...]
     start: int
     asynchronous: bool
+    unhashed_block_ids: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -865,7 +869,8 @@ class StandInConnector:
         start, asynchronous = self._matched[request.request_id]
         (block_ids,) = blocks.get_block_ids()
         content = _content(request, start + num_external_tokens)
-        self._loads.append(RemoteLoad(*content, tuple(block_ids), start, asynchronous))
+        unhashed = tuple(blocks.get_unhashed_block_ids())
+        self._loads.append(RemoteLoad(*content, tuple(block_ids), start, asynchronous, unhashed))
         if asynchronous:
             self.loading.add(request.request_id)
 

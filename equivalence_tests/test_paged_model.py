@@ -709,7 +709,7 @@ class Remote(ByHand):
 
     def ask(self, request: Request, num_local: int, blocks: Sequence[int]) -> tuple[int | None, bool]:
         count, asynchronous = self.connector.get_num_new_matched_tokens(request, num_local)
-        table = SimpleNamespace(get_block_ids=lambda: (list(blocks),))
+        table = SimpleNamespace(get_block_ids=lambda: (list(blocks),), get_unhashed_block_ids=list)
         self.connector.update_state_after_alloc(request, table, count or 0)
         return count, asynchronous
 
