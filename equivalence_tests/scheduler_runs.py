@@ -8,8 +8,9 @@ engine, nothing may differ. A run that fails is written down as the scenario tha
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,8 @@ class CheckedEngine(OurEngine):
             except InvariantError as error:
                 if not excuse(self.scheduler, error.invariant, str(error)):
                     raise
-                self.excused[error.invariant] += 1
             return output
 
-        self.excused: Counter[str] = Counter()
         self.scheduler.schedule = checked
 
 
@@ -135,6 +134,12 @@ class Run:
         self.excused = ""
         self._num_requests = 0
 
+    @classmethod
+    def of(cls, scenario: Scenario, engines: Sequence[Callable[..., Engine]] = (CheckedEngine,)) -> "Run":
+        """A run for a scenario's schedulers, in which nothing has happened yet."""
+        features = ("async",) * scenario.async_scheduling + ("remote",) * scenario.connector
+        return cls(Setup(scenario.config, features, scenario.async_depth), engines)
+
     @property
     def scenario(self) -> Scenario:
         """What happened so far."""
@@ -147,6 +152,11 @@ class Run:
         """Let something happen."""
         self.events.append(event)
         self.driver.apply(event)
+
+    def apply_all(self, events: Iterable[Event]) -> None:
+        """Let one thing happen after the other."""
+        for event in events:
+            self.apply(event)
 
     def add(self, chooser: Chooser) -> None:
         """A request arrives."""
@@ -183,6 +193,16 @@ class Run:
                 waiting = ", ".join(f"{r.request_id} ({r.status.name})" for r in could_run(scheduler))
                 raise StallError(f"nothing happens any more; not served: {waiting or 'nobody'}")
         raise StallError(f"requests are left after {MAX_DRAIN_STEPS} steps")
+
+    def finish(self, let_happen: Callable[[], object]) -> None:
+        """Let things happen, drain, and settle what it means."""
+        try:
+            let_happen()
+            self.drain()
+        except AscendTwinError as error:
+            self.conclude(error)
+        else:
+            self.conclude()
 
     def conclude(self, error: AscendTwinError | None = None) -> None:
         """Settle whether the run failed, by `error` or a crash of all engines, and if that is excused."""
@@ -274,15 +294,13 @@ def random_runs(
         chooser = RandomChooser(random.Random(f"{seed}-{i}"))
         i += 1
         run = Run(choose_setup(chooser, always), engines)
-        try:
-            for _ in range(EVENTS_PER_RUN):
-                choose_event(chooser, run)
-            run.drain()
-        except AscendTwinError as error:
-            run.conclude(error)
-        else:
-            run.conclude()
+        run.finish(partial(_choose_events, chooser, run))
         yield run
+
+
+def _choose_events(chooser: Chooser, run: Run) -> None:
+    for _ in range(EVENTS_PER_RUN):
+        choose_event(chooser, run)
 
 
 def run_at_random(
@@ -359,16 +377,8 @@ def run_mix(
 
 def run_scenario(scenario: Scenario, engines: Sequence[Callable[..., Engine]] = (CheckedEngine,)) -> Run:
     """A run of given events, and the drain after them."""
-    features = ("async",) * scenario.async_scheduling + ("remote",) * scenario.connector
-    run = Run(Setup(scenario.config, features, scenario.async_depth), engines)
-    try:
-        for event in scenario.events:
-            run.apply(event)
-        run.drain()
-    except AscendTwinError as error:
-        run.conclude(error)
-    else:
-        run.conclude()
+    run = Run.of(scenario, engines)
+    run.finish(lambda: run.apply_all(scenario.events))
     return run
 
 

@@ -18,11 +18,9 @@ from ascend_twin.equivalence_tests.known_defects import CRASH, CRASHES, DEFECTS,
 from ascend_twin.equivalence_tests.paged_model import StandInError
 from ascend_twin.equivalence_tests.scheduler_engines import Engine, OurEngine
 from ascend_twin.equivalence_tests.scheduler_invariants import INVARIANTS
-from ascend_twin.equivalence_tests.scheduler_runs import CheckedEngine, Run, StallError
+from ascend_twin.equivalence_tests.scheduler_runs import CheckedEngine, Run, StallError, run_scenario
 from ascend_twin.equivalence_tests.scheduler_scenarios import Scenario
-from ascend_twin.equivalence_tests.scheduler_strategies import Setup
 from ascend_twin.equivalence_tests.vllm017 import VLLMEngine
-from ascend_twin.reference.errors import AscendTwinError
 from ascend_twin.scheduler.output import FinishReason
 from ascend_twin.scheduler.request import RequestStatus
 
@@ -109,35 +107,16 @@ class RecordedEngine(OurEngine):
         return found
 
 
-def start(case: dict[str, Any], engines: Sequence[Any]) -> Run:
-    """A run that nothing has happened in yet."""
-    scenario = Scenario.from_json(case["scenario"])
-    features = ("async",) * scenario.async_scheduling + ("remote",) * scenario.connector
-    return Run(Setup(scenario.config, features, scenario.async_depth), engines)
-
-
-def finish(run: Run, case: dict[str, Any]) -> None:
-    """Let everything happen, and settle what it means."""
-    try:
-        for event in Scenario.from_json(case["scenario"]).events:
-            run.apply(event)
-        run.drain()
-    except AscendTwinError as error:
-        run.conclude(error)
-    else:
-        run.conclude()
-
-
 def observe(case: dict[str, Any], engines: Sequence[type[Engine]] = (RecordedEngine,)) -> dict[str, Any]:
     """What happens in a case, whether or not it is right, in the form of its "outcome", with all counters."""
-    run = start(case, engines)
+    scenario = Scenario.from_json(case["scenario"])
+    run = Run.of(scenario, engines)
     run.driver.oracle = None
     engine = run.driver.first
     assert isinstance(engine, RecordedEngine)
     crash, counters = None, None
     try:
-        for event in Scenario.from_json(case["scenario"]).events:
-            run.apply(event)
+        run.apply_all(scenario.events)
         counters = engine.counters()
         run.drain()
     except StallError:
@@ -170,8 +149,7 @@ def verdict(case: dict[str, Any], *, excuses: bool) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler_runs, "excuse", judge)
-        run = start(case, (CheckedEngine,))
-        finish(run, case)
+        run = run_scenario(Scenario.from_json(case["scenario"]), (CheckedEngine,))
     return {
         "broken": broken[0] if broken else None,
         "excuses": given,

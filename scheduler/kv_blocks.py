@@ -35,8 +35,7 @@ class Block:
 class BlockPool:
     """All blocks: the free ones in the order in which they will be handed out, the cached ones by hash."""
 
-    def __init__(self, num_blocks: int, enable_caching: bool) -> None:
-        self.enable_caching = enable_caching
+    def __init__(self, num_blocks: int) -> None:
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
         self.null_block = self.blocks[0]
         # Several blocks may hold the same content: tables only grow, so nothing is merged.
@@ -391,7 +390,7 @@ class KVCacheManager:
         self.use_eagle = config.use_eagle
         self.log_stats = config.log_stats
         self.prefix_cache_stats = PrefixCacheStats()
-        self.block_pool = BlockPool(config.num_blocks, config.enable_prefix_caching)
+        self.block_pool = BlockPool(config.num_blocks)
         self.groups = tuple(
             FullAttentionGroup(i, config.block_size, self.block_pool)
             if kind == "full_attention"
@@ -508,7 +507,7 @@ class KVCacheManager:
             [block.block_id for block in group.allocate_new_blocks(request_id, num_slots, num_main)]
             for group in self.groups
         )
-        if self.enable_caching and not delay_cache_blocks:
+        if not delay_cache_blocks:
             # Drafts may be rejected: only tokens that are certain are cached.
             self.cache_blocks(request, min(num_main, request.num_tokens))
         return new_block_ids
