@@ -123,13 +123,13 @@ class Setup:
         return "remote" in self.features
 
 
-def choose_setup(chooser: Chooser, always: Sequence[str] = ()) -> Setup:
-    """A setup with the features `always`, and up to five more.
+def choose_setup(chooser: Chooser, always: Sequence[str] = (), among: Sequence[str] = FEATURES) -> Setup:
+    """A setup with the features `always`, and up to five more, of those in `among`.
 
     Raises:
         InvalidArgumentError: for features that are unknown, or do not go together.
     """
-    features = _choose_features(chooser, always)
+    features = _choose_features(chooser, always, among)
     async_depth = chooser.choice((2, 3)) if "async" in features else 2
     return Setup(_choose_config(chooser, features), features, async_depth)
 
@@ -193,9 +193,9 @@ def choose_mix(chooser: Chooser, setup: Setup, num_requests: int) -> RequestMix:
 
 
 @st.composite
-def scheduler_setups(draw: st.DrawFn, always: Sequence[str] = ()) -> Setup:
-    """Setups with the features `always`, and up to five more."""
-    return choose_setup(DrawChooser(draw), always)
+def scheduler_setups(draw: st.DrawFn, always: Sequence[str] = (), among: Sequence[str] = FEATURES) -> Setup:
+    """Setups with the features `always`, and up to five more, of those in `among`."""
+    return choose_setup(DrawChooser(draw), always, among)
 
 
 def scheduler_configs(always: Sequence[str] = ()) -> st.SearchStrategy[SchedulerConfig]:
@@ -222,13 +222,13 @@ def request_mixes(draw: st.DrawFn, setup: Setup, max_num_requests: int = 8) -> R
     return RequestMix(tuple(replace(spec, request_id=f"r{i}") for i, spec in enumerate(draw(specs))))
 
 
-def _choose_features(chooser: Chooser, always: Sequence[str]) -> tuple[str, ...]:
+def _choose_features(chooser: Chooser, always: Sequence[str], among: Sequence[str]) -> tuple[str, ...]:
     on = set(always)
     if not on <= set(FEATURES) or _clashes(on):
         invalid_argument("always", tuple(always), f"some of {FEATURES}, but not both of {CLASHES}")
     for _ in range(5):
         if chooser.chance(50):
-            on.add(chooser.choice([f for f in FEATURES if f in on or not _clashes({f, *on})]))
+            on.add(chooser.choice([f for f in among if f in on or not _clashes({f, *on})]))
     return tuple(f for f in FEATURES if f in on)
 
 

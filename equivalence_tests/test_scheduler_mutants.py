@@ -5,19 +5,15 @@ scheduler as it is stands in for vLLM's. What changes more than an order or a nu
 found without a second scheduler, too: by the invariants, the oracle, and the stand-in for the model.
 """
 
-import builtins
-import importlib
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
-from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
 from ascend_twin.equivalence_tests.scheduler_engines import Engine, OurEngine, RequestInput
 from ascend_twin.equivalence_tests.scheduler_runs import CheckedEngine, Run, random_runs, run_scenario
+from ascend_twin.equivalence_tests.source_mutants import mutated
 from ascend_twin.scheduler.workload import RequestSpec
 
 SEED = 1
@@ -786,51 +782,9 @@ MUTANTS = (
 UNMUTATED = Mutant("unmutated", "", "", "")
 
 
-@cache
-def _source(module: str) -> str:
-    return Path(str(importlib.import_module(MODULES[module]).__file__)).read_text(encoding="utf-8")
-
-
-@cache
-def _code(module: str) -> CodeType:
-    return compile(_source(module), module, "exec")
-
-
-def mutated(mutant: Mutant) -> dict[str, Any]:
-    """Copies of the modules of a scheduler, one of them with the bug; they import one another, and all else.
-
-    Raises:
-        AssertionError: when the source has changed, so that it is not clear where the bug belongs.
-    """
-    copies: dict[str, Any] = {}
-
-    def import_copy(
-        name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] = (), level: int = 0
-    ) -> Any:
-        module = name.rpartition(".")[2]
-        if level and module in copies:
-            return copies[module]
-        return builtins.__import__(name, globals, locals, fromlist, level)
-
-    for module, path in MODULES.items():
-        code = _code(module)
-        if module == mutant.module:
-            source = _source(module)
-            assert source.count(mutant.old) == 1, f"{mutant.name}: {source.count(mutant.old)} places"
-            code = compile(source.replace(mutant.old, mutant.new), mutant.name, "exec")
-        namespace = {
-            "__name__": path,
-            "__package__": path.rpartition(".")[0],
-            "__builtins__": {**vars(builtins), "__import__": import_copy},
-        }
-        exec(code, namespace)
-        copies[module] = SimpleNamespace(**namespace)
-    return copies
-
-
 def engine_of(mutant: Mutant, base: type[OurEngine]) -> type[OurEngine]:
     """`base` with a mutated scheduler, whose causes of known defects are watched."""
-    copies = mutated(mutant)
+    copies = mutated(mutant, MODULES)
 
     class MutatedEngine(base):
         name = mutant.name

@@ -39,6 +39,10 @@ class SchedulerStateError(AscendTwinError, RuntimeError):
     """A scheduler met a state that it rules out: where vLLM asserts, or a caller broke its rules."""
 
 
+class LockstepError(AscendTwinError, RuntimeError):
+    """Data-parallel ranks no longer step together; the message names rank, step and collective."""
+
+
 def invalid_argument(name: str, value: object, allowed: str) -> NoReturn:
     """Raise `InvalidArgumentError` in the one form that all messages of the package share."""
     raise InvalidArgumentError(f"{name} is {value}; allowed: {allowed}")
