@@ -51,6 +51,9 @@ def main(
     \b
     ascend-twin doctor    what can run on this machine, and what cannot, and why
     ascend-twin verify    do the two agree? No file and no accelerator needed; also of vLLM's scheduler
+    ascend-twin simulate  what does an admission policy do to throughput and latency of data-parallel ranks?
+    ascend-twin fit       the cost of a step for simulate, from measured steps or from a benchmark row
+    ascend-twin published a published gain of balance scheduling, predicted from its baseline row alone
     ascend-twin bench     how fast is ours, against the implementations of others
     ascend-twin compile   does every kernel fit on an Ascend NPU? No NPU needed
     """
@@ -292,6 +295,222 @@ def bench(
     run_bench(only or [], rounds, threads, json, plot, require_peers, device)
 
 
+@app.command(short_help="Throughput and latency of data-parallel ranks, by admission policy.")
+def simulate(
+    ctx: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="TRACE_OR_WORKLOAD",
+            help="Request trace in JSON Lines (fields timestamp, input_length, output_length, hash_ids), or "
+            "a named workload: fixed, lognormal, bursts, long_prompt, published, conversation; "
+            "NAME:PARAMETER=NUMBER,... changes its numbers (docs/simulation.md).",
+        ),
+    ],
+    dp: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=1024, metavar="N", help="Data-parallel ranks. May be repeated. Default: 4."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="When waiting requests are admitted (docs/balance.md), as any_rank_at_cap or "
+            "cadence:interval=4. May be repeated; ratios are over the first. Default: open_gate and "
+            "any_rank_at_cap.",
+        ),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run on a rank, at most.")] = 32,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a rank in one step, at most.")
+    ] = 8192,
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="Which rank a request goes to: round_robin, least_loaded, or skewed (half of all to rank 0)."
+        ),
+    ] = "round_robin",
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Closed loop: so many requests under way, the next is sent when one ends. Default: open "
+            "loop, each is sent when it arrives.",
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="The first so many. Default: all of a trace, 512 of a workload."
+        ),
+    ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="KV cache blocks of a rank. Default: room for --max-num-seqs requests of the longest, up to "
+            "524,288 tokens (or one such request, if it is longer).",
+        ),
+    ] = None,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 128,
+    no_prefix_caching: Annotated[
+        bool, typer.Option("--no-prefix-caching", help="Compute every prompt from its first token.")
+    ] = False,
+    cost: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What a step takes, as `ascend-twin fit` writes it. Default: illustrative numbers, of the "
+            "order of a large mixture of experts (docs/simulation.md).",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of a named workload, and of skewed routing.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Repeat with N seeds; shown are means, ± the standard deviation."
+        ),
+    ] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes. Default: one a core.")
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the result there (cli/simulate.py: the fields)."),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a report with plots there, one .html file."),
+    ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write every step of every rank there (.json, opens in ui.perfetto.dev).",
+        ),
+    ] = None,
+    timeline_steps: Annotated[
+        int, typer.Option(min=1, metavar="N", help="--timeline: of each run, the first so many steps.")
+    ] = 10_000,
+) -> None:
+    """What does an admission policy do to throughput and latency of data-parallel ranks?
+
+    Ranks of a mixture of experts step together, and the slowest sets the pace: one that prefills holds up all
+    that decode. Here the schedulers are those of this package, in lockstep, with no model behind them: how
+    long a step takes is said by a cost model, from what the schedulers put into it.
+
+    Shown are, for each policy, output throughput and its ratio over that of the first policy; steps, those in
+    which any rank prefills, and those in which the gate was shut while somebody waited; the share of the run
+    that each rank waits for a slower one; and TTFT, TPOT, ITL and time to the end.
+
+    \b
+    ascend-twin simulate fixed:prompt=3500,output=1500 --dp 8 --max-num-seqs 16 --concurrency 128
+    ascend-twin simulate long_prompt --policy open_gate --policy cadence:interval=4 --html report.html
+    ascend-twin simulate conversation.jsonl --dp 8 --routing least_loaded --json result.json
+    ascend-twin simulate lognormal:rate=6 --dp 2 --dp 4 --seeds 5 --timeline timeline.json
+
+    The same command gives the same numbers, to the last bit.
+
+    Exit status: 0 simulated; 2 the input is wrong, said in one line; 130 it was interrupted.
+    """
+    from .simulate import Options, run_simulate
+
+    source_of_steps = ctx.get_parameter_source("timeline_steps")
+    if source_of_steps and source_of_steps.name == "COMMANDLINE" and not timeline:
+        invalid_argument("--timeline-steps", timeline_steps, "only together with --timeline")
+    run_simulate(
+        Options(
+            source=source,
+            dp=tuple(dp or (4,)),
+            policy=tuple(policy or ("open_gate", "any_rank_at_cap")),
+            routing=routing,
+            concurrency=concurrency,
+            requests=requests,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            prefix_caching=not no_prefix_caching,
+            cost=cost,
+            seed=seed,
+            seeds=seeds,
+            jobs=jobs,
+            json=json,
+            html=html,
+            timeline=timeline,
+            timeline_steps=timeline_steps,
+        )
+    )
+
+
+@app.command(short_help="Predict a published gain of balance scheduling from its baseline row alone.")
+def published(
+    dp: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N", help="Data-parallel ranks, a divisor of 128. May be repeated. Default: 2, 4, 8, 16."
+        ),
+    ] = None,
+    expert_share: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="PART",
+            help="Part of a prompt token's cost that experts on all ranks do. May be repeated. Default: 0, "
+            "0.25, 0.5.",
+        ),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the predicted row (docs/balance.md).")
+    ] = "any_rank_at_cap",
+    routing: Annotated[
+        str, typer.Option(help="Which rank a request goes to: round_robin, least_loaded or skewed.")
+    ] = "round_robin",
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a rank in one step, at most.")
+    ] = 8192,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Of the output lengths.")] = 3,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes. Default: one a core.")
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the result there (cli/published.py: the fields)."),
+    ] = None,
+) -> None:
+    """Can a published gain of balance scheduling be told from its baseline row alone?
+
+    vllm-ascend #5212 reports DeepSeek-V3.1 with and without balance scheduling. The cost of a step and the
+    spread of output lengths are fitted to the row without, the row with it is then simulated, and compared
+    with the published one. What was not published is tried: DP sizes, and how much of a prompt's cost is
+    spread over all ranks. docs/published.md has the table and what it means.
+
+    Some two and a half minutes a DP size on one core, with three seeds.
+
+    \b
+    ascend-twin published
+    ascend-twin published --dp 4 --expert-share 0.3 --policy patient --json published.json
+
+    Exit status: 0 predicted, however well; 2 the input is wrong, said in one line; 130 it was interrupted.
+    """
+    from .published import Options, run_published
+
+    run_published(
+        Options(
+            dp=tuple(dp or (2, 4, 8, 16)),
+            expert_share=tuple(expert_share or (0.0, 0.25, 0.5)),
+            policy=policy,
+            routing=routing,
+            max_num_batched_tokens=max_num_batched_tokens,
+            seeds=seeds,
+            jobs=jobs or os.cpu_count() or 1,
+            json=json,
+        )
+    )
+
+
 @app.command("compile", short_help="Does every kernel fit on an Ascend NPU? Compiled without one.")
 def compile_kernels(
     model: Annotated[
@@ -348,3 +567,138 @@ def compile_kernels(
 
     options = Options(model or (), tp or (), target or (), implementation or (), json, plot)
     raise typer.Exit(run_compile(options))
+
+
+@app.command(short_help="The cost of a step for simulate, from what was measured or published.")
+def fit(
+    ctx: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="STEPS_OR_WORKLOAD",
+            help="Measured steps in JSON Lines (docs/cost.md); with --row a trace or a named workload, as of "
+            "`ascend-twin simulate`.",
+        ),
+    ],
+    free: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PARAMETER",
+            help="Fit this one; the others are 0, or those of --cost. May be repeated. Default: all; with "
+            "--row step_ms and prefill_us_per_token.",
+        ),
+    ] = None,
+    row: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBERS",
+            help="Fit to a benchmark row instead, ttft=MS,tpot=MS,throughput=TOKENS_A_SECOND: means of TTFT "
+            "and TPOT, and output tokens. The options from here to --cost say how it came about.",
+        ),
+    ] = None,
+    dp: Annotated[int, typer.Option(min=1, max=1024, help="Data-parallel ranks.")] = 4,
+    policy: Annotated[
+        str, typer.Option(help="When waiting requests were admitted (docs/balance.md).")
+    ] = "open_gate",
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that ran on a rank, at most.")] = 32,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a rank in one step, at most.")
+    ] = 8192,
+    routing: Annotated[
+        str, typer.Option(help="Which rank a request went to: round_robin, least_loaded or skewed.")
+    ] = "round_robin",
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Closed loop: so many requests under way. Default: open loop, by arrival times.",
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="The first so many. Default: all of a trace, 512 of a workload."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of a named workload, and of skewed routing.")] = 0,
+    cost: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Parameters that are not fitted to the row. Default: 0."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the parameters there, for `ascend-twin simulate --cost`."),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the result there (cli/fit.py: the fields)."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also draw predicted against measured steps there (.png, .svg or .pdf)."
+        ),
+    ] = None,
+) -> None:
+    """What does a step take? The parameters of the cost model, from steps that were measured.
+
+    A line of the file is a step of all ranks: how long it took, and what each rank computed in it, as vLLM's
+    scheduler says (docs/cost.md has the model and the lines that log it):
+
+    \b
+    {"step_ms": 71.2, "ranks": [{"prefill_tokens": 2048, "prefill_pairs": 2098176,
+                                 "decode_requests": 30, "context_tokens": 61440}, ...]}
+
+    Parameters that the steps cannot tell apart are refused, and named.
+
+    With --row, where there is nothing but the published row of a benchmark: the workload is simulated, and
+    the parameters are those with which the simulation has that row. Three numbers determine two parameters
+    well, seldom three.
+
+    \b
+    ascend-twin fit steps.jsonl --output cost.json --plot steps.png
+    ascend-twin fit steps.jsonl --free step_ms --free prefill_us_per_token --free decode_us_per_request
+    ascend-twin fit fixed:prompt=3500,output=1500 --row ttft=6600,tpot=86.85,throughput=1297.3 \\
+        --dp 4 --max-num-seqs 32 --concurrency 128 --output cost.json
+    ascend-twin simulate conversation.jsonl --dp 4 --cost cost.json
+
+    Exit status: 0 fitted, however well; 2 the input is wrong, said in one line; 130 it was interrupted.
+    """
+    from . import simulate as simulating
+    from .fit import Options, run_fit
+
+    _refuse_fit_options_without_effect(ctx, row, plot)
+    workload = simulating.Options(
+        source=source,
+        dp=(dp,),
+        policy=(policy,),
+        routing=routing,
+        concurrency=concurrency,
+        requests=requests,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        num_blocks=None,
+        block_size=128,
+        prefix_caching=True,
+        cost=cost,
+        seed=seed,
+        seeds=1,
+        jobs=1,
+        json=None,
+        html=None,
+        timeline=None,
+        timeline_steps=1,
+    )
+    run_fit(Options(source, tuple(free or ()), row, None if row is None else workload, output, json, plot))
+
+
+def _refuse_fit_options_without_effect(ctx: typer.Context, row: str | None, plot: Path | None) -> None:
+    if row is not None and plot:
+        invalid_argument("--plot", plot, "not together with --row: there are no measured steps to draw")
+    if row is None:
+        for name, value in ctx.params.items():
+            origin = ctx.get_parameter_source(name)
+            is_of_row = name not in ("source", "free", "row", "output", "json", "plot")
+            if is_of_row and origin and origin.name == "COMMANDLINE":
+                invalid_argument(f"--{name.replace('_', '-')}", value, "only together with --row")

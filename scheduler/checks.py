@@ -32,6 +32,12 @@ def check_int(name: str, value: object, least: int = -MOST, most: int = MOST) ->
         invalid_argument(name, reprlib.repr(value), f"an int{limits}")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Refuse what is no finite number above 0 (a bool is none)."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        invalid_argument(name, reprlib.repr(value), "a finite number > 0")
+
+
 def check_text(name: str, value: object) -> None:
     """Refuse what is no text, or empty."""
     if not isinstance(value, str) or not value:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -58,17 +59,26 @@ def read_trace(path: str | Path) -> list[TraceRequest]:
 
     Source: https://github.com/kvcache-ai/Mooncake, FAST25-release/traces.
     """
-    requests = []
+    requests = [_request(fields, place) for place, fields in read_objects(path)]
+    if not requests:
+        raise TraceError(f"{path}:1: the file is empty; allowed: at least one request")
+    return requests
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """The objects of a file in JSON Lines, each with its place, `FILE:LINE`; blank lines are passed over.
+
+    Raises:
+        TraceError: `FILE:LINE: reason` for a line that is no JSON object, or `FILE: reason` for a file that
+            cannot be opened.
+    """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    requests.append(_parse(line, f"{path}:{number}"))
+                    yield f"{path}:{number}", _object(line, f"{path}:{number}")
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror or error}") from error
-    if not requests:
-        raise TraceError(f"{path}:1: the file is empty; allowed: at least one request")
-    return requests
 
 
 def generate_requests(seed: int, count: int) -> list[TraceRequest]:
@@ -105,7 +115,7 @@ def generate_requests(seed: int, count: int) -> list[TraceRequest]:
     return requests
 
 
-def _parse(line: bytes, place: str) -> TraceRequest:
+def _object(line: bytes, place: str) -> dict[str, object]:
     try:
         fields = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -116,6 +126,10 @@ def _parse(line: bytes, place: str) -> TraceRequest:
         raise TraceError(f"{place}: not JSON ({reason}){cut_off}") from error
     if not isinstance(fields, dict):
         _refuse(place, "the line", fields, "a JSON object")
+    return fields
+
+
+def _request(fields: dict[str, object], place: str) -> TraceRequest:
     return TraceRequest(
         arrival_ms=_integer("timestamp", fields, place, 0, MOST),
         num_prompt_tokens=_integer("input_length", fields, place, 1, MOST_TOKENS),

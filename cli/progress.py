@@ -1,0 +1,31 @@
+"""The bar that a long command shows on stderr."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr, told by how much it grows; it also says how far the command came when interrupted.
+
+    Args:
+        what: is counted, in the plural.
+        total: how many there will be; None is not known.
+
+    Raises:
+        typer.Exit: with status 130 when it is interrupted.
+    """
+    stderr = Console(stderr=True)
+    bar = Progress(console=stderr, transient=True, disable=not stderr.is_terminal)
+    task = bar.add_task(what, total=total)
+    try:
+        with bar:
+            yield lambda count: bar.advance(task, count)
+    except KeyboardInterrupt:
+        of_total = "" if total is None else f" of {total:,}"
+        typer.echo(f"interrupted after {bar.tasks[0].completed:,.0f}{of_total} {what}", err=True)
+        raise typer.Exit(130) from None
