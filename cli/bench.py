@@ -55,6 +55,8 @@ from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delt
 from ..optimized.gdn.device import Device
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule, metadata
+from ..scheduler.admission import AnyRankAtCap
+from ..scheduler.balance import BalanceScheduler
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.output import ModelRunnerOutput
 from ..scheduler.workload import RequestSpec
@@ -75,6 +77,10 @@ SEED = 0
 
 # Qwen3-Next: query/key heads, value heads, head dim.
 H, HV, D = 16, 32, 128
+
+BALANCE_DP_SIZE = 8
+MOST_DECODED_TOKENS = 1024
+"""Of a request whose steps are scheduled in a benchmark, its prompt included."""
 
 DEVICE_TOKENS = (8192, 32768)
 DEVICE_SEQUENCES = (1, 4, 16, 64)
@@ -417,19 +423,7 @@ def _schedule_contest(num_running: int) -> Contest:
     """One decode step of every request: `schedule()` alone is timed, the tokens are entered between calls."""
 
     def start() -> Pair:
-        config = SchedulerConfig(
-            num_blocks=2**17, max_model_len=2**20, max_num_seqs=num_running, max_num_batched_tokens=2**14
-        )
-        options: dict[str, Any] = {
-            "asynchronous": False,
-            "clock": time.monotonic,
-            "structured_output_manager": StandInStructuredOutputManager(),
-        }
-        spec = RequestSpec("0", arrival_ms=0, segments=((SEED, 128),), max_tokens=2**20)
-        ours, peer = (
-            _ScheduledDecodes(engine(config, **options), spec, num_running)
-            for engine in (OurEngine, VLLMEngine)
-        )
+        ours, peer = (_ScheduledDecodes(engine, num_running) for engine in (OurEngine, VLLMEngine))
         return Pair(
             "plain Python",
             ours.schedule,
@@ -442,15 +436,94 @@ def _schedule_contest(num_running: int) -> Contest:
     return Contest(f"schedule(), {num_running} running requests, against vLLM", start)
 
 
-class _ScheduledDecodes:
-    """A scheduler with running requests that never end."""
+def _policy_contest(num_running: int) -> Contest:
+    """What a policy adds to `schedule()`; gather and decision are between calls."""
 
-    def __init__(self, engine: Engine, spec: RequestSpec, num_running: int) -> None:
-        self.engine = engine
-        for i in range(num_running):
-            request = dataclasses.replace(spec, request_id=str(i))
-            engine.add(request, RequestInput.of(request, 0, 0.0, keep_blocks=False))
-        while len(engine.scheduler.running) < num_running:
+    def start() -> Pair:
+        ours, peer = _ScheduledDecodes(_BalanceEngine, num_running), _ScheduledDecodes(OurEngine, num_running)
+
+        def settle() -> None:
+            ours.settle()
+            _gather([ours])
+
+        return Pair(
+            "with any_rank_at_cap",
+            ours.schedule,
+            "without",
+            peer.schedule,
+            our_settle=settle,
+            peer_settle=peer.settle,
+        )
+
+    return Contest(f"policy in schedule(), {num_running} running requests, against none", start)
+
+
+def _gather_contest(num_running: int) -> Contest:
+    """What all ranks contribute and make of it, without the transport between; and the step of one rank."""
+
+    def start() -> Pair:
+        ranks = [_ScheduledDecodes(_BalanceEngine, num_running) for _ in range(BALANCE_DP_SIZE)]
+
+        def gather() -> None:
+            _gather(ranks)
+
+        return Pair(
+            f"all {BALANCE_DP_SIZE} ranks",
+            gather,
+            "schedule() of one",
+            ranks[0].schedule,
+            peer_settle=ranks[0].settle,
+        )
+
+    name = f"gather and decision, {BALANCE_DP_SIZE} ranks of {num_running} running requests"
+    return Contest(f"{name}, against schedule() of one", start)
+
+
+def _gather(ranks: Sequence["_ScheduledDecodes"]) -> None:
+    """A gather of `BALANCE_DP_SIZE` ranks, which all contribute the same; those that are not there, too."""
+    schedulers = [rank.engine.scheduler for rank in ranks]
+    gathered = [scheduler.counts() for scheduler in schedulers] * (BALANCE_DP_SIZE // len(ranks))
+    for scheduler in schedulers:
+        scheduler.observe(gathered)
+
+
+def _balance_scheduler(config: SchedulerConfig, **options: Any) -> BalanceScheduler:
+    policy = AnyRankAtCap(config.max_num_seqs)
+    return BalanceScheduler(config, policy=policy, dp_size=BALANCE_DP_SIZE, **options)
+
+
+class _BalanceEngine(OurEngine):
+    """Ours behind a gate, as the first rank; without async scheduling."""
+
+    schedulers: Any = (_balance_scheduler,)
+
+
+class _ScheduledDecodes:
+    """A scheduler with running requests, which start anew before they get long."""
+
+    def __init__(self, engine: Callable[..., Engine], num_running: int) -> None:
+        self.num_running = num_running
+        config = SchedulerConfig(
+            num_blocks=2 * num_running * MOST_DECODED_TOKENS // 16,
+            max_model_len=2 * MOST_DECODED_TOKENS,
+            max_num_seqs=num_running + 1,  # a gate that is open
+            max_num_batched_tokens=2**14,
+        )
+        self.engine = engine(
+            config,
+            asynchronous=False,
+            clock=time.monotonic,
+            structured_output_manager=StandInStructuredOutputManager(),
+        )
+        self._start()
+
+    def _start(self) -> None:
+        for i in range(self.num_running):
+            request = RequestSpec(
+                str(i), arrival_ms=0, segments=((SEED, 128),), max_tokens=MOST_DECODED_TOKENS
+            )
+            self.engine.add(request, RequestInput.of(request, 0, 0.0, keep_blocks=False))
+        while len(self.engine.scheduler.running) < self.num_running:
             self.schedule()
             self.settle()
 
@@ -460,6 +533,9 @@ class _ScheduledDecodes:
     def settle(self) -> None:
         req_ids = list(self.output.num_scheduled_tokens)
         self.engine.update_from_output(self.output, ModelRunnerOutput(req_ids, [[1] for _ in req_ids]))
+        if self.engine.scheduler.running[0].num_tokens == MOST_DECODED_TOKENS:
+            self.engine.abort(None)
+            self._start()
 
 
 CONTESTS = (
@@ -479,6 +555,8 @@ CONTESTS = (
         )
     ),
     *(_schedule_contest(num_running) for num_running in (64, 256)),
+    _policy_contest(64),
+    _gather_contest(64),
 )
 
 

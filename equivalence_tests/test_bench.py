@@ -371,3 +371,52 @@ def test_a_turn_does_not_time_what_settles(monkeypatch: pytest.MonkeyPatch) -> N
     clock = itertools.count()
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
     assert bench._turn(lambda: None, settle=lambda: next(clock)) == bench.Turn(1.0)
+
+
+def test_policy_contest_times_the_same_step_with_a_gate_and_without() -> None:
+    (contest,) = [c for c in bench.CONTESTS if c.name.startswith("policy in schedule(), 64")]
+    pair = contest.start()
+    assert pair.our_settle
+    assert pair.peer_settle
+    ours, peer = pair.our_call.__self__, pair.peer_call.__self__  # type: ignore[attr-defined]
+    for step in range(3):
+        pair.our_call()
+        pair.peer_call()
+        assert ours.output.num_scheduled_tokens == peer.output.num_scheduled_tokens
+        assert ours.output.total_num_scheduled_tokens == 64
+        pair.our_settle()
+        pair.peer_settle()
+        assert ours.engine.scheduler.num_gathers == step + 1
+        assert ours.engine.scheduler.is_open
+
+
+def test_gather_contest_is_a_gather_of_all_ranks_and_a_step_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    (contest,) = [c for c in bench.CONTESTS if c.name.startswith("gather and decision, 8 ranks of 64")]
+    observed = []
+    observe = bench.BalanceScheduler.observe
+    monkeypatch.setattr(
+        bench.BalanceScheduler, "observe", lambda s, rows: (observed.append((s, rows)), observe(s, rows))
+    )
+    pair = contest.start()
+    assert pair.peer_settle
+    pair.our_call()
+    pair.our_call()
+    assert len({scheduler for scheduler, _ in observed}) == 8
+    assert [len(rows) for _, rows in observed] == [8] * 16
+    assert {counts.running for _, rows in observed for counts in rows} == {64}
+    decodes = pair.peer_call.__self__  # type: ignore[attr-defined]
+    pair.peer_call()
+    assert decodes.output.total_num_scheduled_tokens == 64
+    pair.peer_settle()
+
+
+def test_decodes_start_anew_before_they_get_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "MOST_DECODED_TOKENS", 131)
+    decodes = bench._ScheduledDecodes(OurEngine, 3)
+    lengths = []
+    for _ in range(5):
+        decodes.schedule()
+        assert decodes.output.total_num_scheduled_tokens == 3
+        lengths.append([request.num_tokens for request in decodes.engine.scheduler.running])
+        decodes.settle()
+    assert lengths == [[129] * 3, [130] * 3] * 2 + [[129] * 3]
