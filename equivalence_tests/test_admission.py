@@ -159,7 +159,7 @@ def test_cadence_reads_the_step_from_the_gather() -> None:
     ],
 )
 def test_patient_waits_until_it_costs_too_much(full: int, free: tuple[int, int, int], open_: bool) -> None:
-    policy = Patient(4, patience=4, most_steps=100)
+    policy = Patient(4, patience=2, most_steps=100)
     running, waiting, waited = free
     ranks = [
         RankCounts(running=4, waiting=full, waited=500 if full else 0),
@@ -169,6 +169,15 @@ def test_patient_waits_until_it_costs_too_much(full: int, free: tuple[int, int, 
     assert policy(ranks[::-1]) is open_
     assert policy([ranks[1]]) is (running < 4)  # no rank is at the cap
     assert policy([*ranks, RankCounts(running=1, prefilling=1)])
+
+
+@pytest.mark.parametrize(("num_ranks", "least"), [(4, 3), (6, 5), (8, 6), (16, 12)])
+def test_patient_is_content_when_three_quarters_of_the_ranks_can_admit(num_ranks: int, least: int) -> None:
+    policy = Patient(4, patience=100)
+    full, able, free = RankCounts(running=4), RankCounts(running=3, waiting=1), RankCounts(running=3)
+    for count in range(num_ranks):
+        others = [full] * (num_ranks - count - 1) if count % 2 else [free] * (num_ranks - count - 1)
+        assert policy([full, *[able] * count, *others]) is (count >= least)
 
 
 # What every policy must be

@@ -62,6 +62,13 @@ def patient(copies: SimpleNamespace) -> None:
         test(full, free, open_)
 
 
+def quorum(copies: SimpleNamespace) -> None:
+    """`test_patient_is_content_when_three_quarters_of_the_ranks_can_admit`."""
+    test = copies.test_admission.test_patient_is_content_when_three_quarters_of_the_ranks_can_admit
+    for num_ranks, least in test.pytestmark[0].args[1]:
+        test(num_ranks, least)
+
+
 saturation = suite("test_admission", "test_cadence_is_suspended_while_some_rank_is_saturated")
 decoding = suite("test_admission", "test_cadence_is_suspended_while_nobody_decodes_anywhere")
 near_cap_of_one = suite(
@@ -296,8 +303,13 @@ MUTANTS = (
     ),
     Mutant(
         "patient_does_not_mind_the_excess", "admission",
-        "lost >= self.patience + excess**2", "lost >= self.patience", (patient,),
+        "* len(gathered) + excess**2", "* len(gathered)", (patient,),
     ),
+    Mutant(
+        "patience_of_one_rank_for_all", "admission",
+        "self.patience * len(gathered)", "self.patience", (patient,),
+    ),
+    Mutant("patient_with_fewer_ranks", "admission", "QUORUM = 0.75", "QUORUM = 0.6", (quorum,)),
     Mutant(
         "patient_for_ever", "admission",
         "requests and waited >= self.most_steps for", "False for", (patient,),

@@ -129,6 +129,9 @@ class Cadence:
         )
 
 
+QUORUM = 0.75
+
+
 @dataclass(frozen=True)
 class Patient:
     """Not while the fullest rank is at the cap, for as long as waiting costs less than it spares.
@@ -138,21 +141,23 @@ class Patient:
 
     1. no rank is at the cap, so that there is no need to wait for anybody;
     2. somebody prefills already, so that more prompts cost little;
-    3. the slot-steps lost by waiting (over ranks: `waited` times the waiting requests for which there are
-       slots) have reached `patience + excess ** 2`; `excess` are those who wait without a slot, on all ranks.
-       They gain nothing by being admitted, for they are not, and each step without a prefill is theirs;
-    4. somebody for whom there is a slot has waited for `most_steps`.
+    3. on three quarters of the ranks somebody waits for whom there is a slot;
+    4. the slot-steps lost by waiting (over ranks: `waited` times the waiting requests for which there are
+       slots) have reached `patience` for each rank, and `excess ** 2` more; `excess` are those who wait
+       without a slot, on all ranks: an open gate does not admit them, and each step without a prefill brings
+       them nearer to one;
+    5. somebody for whom there is a slot has waited for `most_steps`.
 
     Args:
         max_num_running_reqs: the cap, requests that may run on one rank, >= 1.
-        patience: slot-steps, >= 1.
+        patience: slot-steps a rank, >= 1; less is nearer to `open_gate`, more to `any_rank_at_cap`.
         most_steps: steps, >= 1.
 
-    Source: our own; docs/balance.md has what it is measured by, and where it loses.
+    Source: our own; docs/published.md has what it was measured by, and where it loses.
     """
 
     max_num_running_reqs: int
-    patience: int = 4
+    patience: int = 16
     most_steps: int = 2048
 
     def __post_init__(self) -> None:
@@ -170,9 +175,11 @@ class Patient:
         admissible = [(min(c.waiting, cap - c.running), c.waited) for c in gathered]
         if any(requests and waited >= self.most_steps for requests, waited in admissible):
             return True
+        if sum(requests > 0 for requests, _ in admissible) >= QUORUM * len(gathered):
+            return True
         excess = sum(c.waiting for c in gathered) - sum(requests for requests, _ in admissible)
         lost = sum(requests * waited for requests, waited in admissible)
-        return lost >= self.patience + excess**2
+        return lost >= self.patience * len(gathered) + excess**2
 
 
 POLICIES: Mapping[str, Callable[..., AdmissionPolicy]] = {
