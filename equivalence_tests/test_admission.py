@@ -178,6 +178,9 @@ def test_patient_is_content_when_three_quarters_of_the_ranks_can_admit(num_ranks
     for count in range(num_ranks):
         others = [full] * (num_ranks - count - 1) if count % 2 else [free] * (num_ranks - count - 1)
         assert policy([full, *[able] * count, *others]) is (count >= least)
+    for excess in range(2 * num_ranks - 3, 2 * num_ranks + 3):
+        blocked = RankCounts(running=4, waiting=excess)
+        assert policy([blocked, *[able] * (num_ranks - 1)]) is (excess <= 2 * num_ranks)
 
 
 # What every policy must be

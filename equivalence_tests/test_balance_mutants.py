@@ -310,6 +310,7 @@ MUTANTS = (
         "self.patience * len(gathered)", "self.patience", (patient,),
     ),
     Mutant("patient_with_fewer_ranks", "admission", "QUORUM = 0.75", "QUORUM = 0.6", (quorum,)),
+    Mutant("patient_with_a_long_queue", "admission", "MOST_EXCESS = 2", "MOST_EXCESS = 3", (quorum,)),
     Mutant(
         "patient_for_ever", "admission",
         "requests and waited >= self.most_steps for", "False for", (patient,),

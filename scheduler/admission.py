@@ -129,7 +129,8 @@ class Cadence:
         )
 
 
-QUORUM = 0.75
+QUORUM = 0.75  # of the ranks
+MOST_EXCESS = 2  # requests a rank
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,11 @@ class Patient:
 
     1. no rank is at the cap, so that there is no need to wait for anybody;
     2. somebody prefills already, so that more prompts cost little;
-    3. on three quarters of the ranks somebody waits for whom there is a slot;
+    3. on three quarters of the ranks somebody waits for whom there is a slot, and no more than two requests a
+       rank wait without one (`excess` in all);
     4. the slot-steps lost by waiting (over ranks: `waited` times the waiting requests for which there are
-       slots) have reached `patience` for each rank, and `excess ** 2` more; `excess` are those who wait
-       without a slot, on all ranks: an open gate does not admit them, and each step without a prefill brings
-       them nearer to one;
+       slots) have reached `patience` for each rank, and `excess ** 2` more: an open gate does not admit
+       those without a slot, and each step without a prefill brings them nearer to one;
     5. somebody for whom there is a slot has waited for `most_steps`.
 
     Args:
@@ -175,9 +176,10 @@ class Patient:
         admissible = [(min(c.waiting, cap - c.running), c.waited) for c in gathered]
         if any(requests and waited >= self.most_steps for requests, waited in admissible):
             return True
-        if sum(requests > 0 for requests, _ in admissible) >= QUORUM * len(gathered):
-            return True
+        num_able = sum(requests > 0 for requests, _ in admissible)
         excess = sum(c.waiting for c in gathered) - sum(requests for requests, _ in admissible)
+        if num_able >= QUORUM * len(gathered) and excess <= MOST_EXCESS * len(gathered):
+            return True
         lost = sum(requests * waited for requests, waited in admissible)
         return lost >= self.patience * len(gathered) + excess**2
 
