@@ -22,6 +22,7 @@ from ascend_twin.optimized.gdn import ChunkMetadataBuilder, open_device
 from ascend_twin.optimized.gdn.device import Device
 from ascend_twin.reference.errors import UnavailableError
 from ascend_twin.reference.gdn import chunk_gated_delta_rule
+from ascend_twin.scheduler.balance import BalanceScheduler
 
 
 def test_turn_is_the_median_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,9 +394,9 @@ def test_policy_contest_times_the_same_step_with_a_gate_and_without() -> None:
 def test_gather_contest_is_a_gather_of_all_ranks_and_a_step_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     (contest,) = [c for c in bench.CONTESTS if c.name.startswith("gather and decision, 8 ranks of 64")]
     observed = []
-    observe = bench.BalanceScheduler.observe
+    observe = BalanceScheduler.observe
     monkeypatch.setattr(
-        bench.BalanceScheduler, "observe", lambda s, rows: (observed.append((s, rows)), observe(s, rows))
+        BalanceScheduler, "observe", lambda s, rows: (observed.append((s, rows)), observe(s, rows))
     )
     pair = contest.start()
     assert pair.peer_settle

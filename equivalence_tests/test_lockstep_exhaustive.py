@@ -8,10 +8,10 @@ import pytest
 
 from ascend_twin.equivalence_tests import lockstep_search
 from ascend_twin.equivalence_tests.lockstep_mutants import ExcludingLockstep
+from ascend_twin.equivalence_tests.lockstep_runs import ProtocolError
 from ascend_twin.equivalence_tests.lockstep_search import (
     ACTS,
     Event,
-    ProtocolError,
     Search,
     SmallGroup,
     World,
