@@ -31,11 +31,13 @@ from ..scheduler.cost_fit import BenchmarkRow, RowFit, StepFit, fit_row, fit_ste
 from ..scheduler.measured_steps import MeasuredStep, read_measured_steps
 from ..scheduler.simulation import SimulationSetup
 from . import simulate
-from .output_files import check_writable, write_atomically
+from .output_files import check_apart, write_atomically
 from .progress import progress
 
 ROW_FREE = ("step_ms", "prefill_us_per_token")
 """What is fitted to a row by default: two of its three numbers nearly imply the third."""
+FAR = 0.05
+"""A row that is missed by more than this, relatively, is warned of."""
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -101,15 +103,15 @@ def parse_row(text: str) -> BenchmarkRow:
 
 
 def _check_outputs(options: Options) -> None:
-    outputs = {"--output": options.output, "--json": options.json, "--plot": options.plot}
-    seen: dict[Path, str] = {}
-    for option, path in outputs.items():
-        if path is None:
-            continue
-        check_writable(option, path, PLOT_SUFFIXES if option == "--plot" else ())
-        other = seen.setdefault(path.resolve(), option)
-        if other != option:
-            invalid_argument(option, path, f"another file than that of {other}")
+    outputs = {
+        "--output": (options.output, ()),
+        "--json": (options.json, ()),
+        "--plot": (options.plot, PLOT_SUFFIXES),
+    }
+    workload = options.workload
+    is_file = workload is None or workload.is_trace
+    source = options.source if is_file else None
+    check_apart(outputs, {"the input": source, "--cost": workload.cost if workload else None})
 
 
 def _fit_row(workload: simulate.Options, row: BenchmarkRow, free: tuple[str, ...]) -> RowFit:
@@ -168,6 +170,11 @@ def _print_row(fit: RowFit) -> None:
         column.justify = "right"
     _console().print(table)
     typer.echo(f"{fit.num_simulations} simulations.")
+    if fit.rms_error > FAR:
+        typer.echo(
+            f"warning: the row is missed by {fit.rms_error:.0%} (root mean square); it may be out of reach",
+            err=True,
+        )
 
 
 # What is written

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from ..reference.errors import UnavailableError
@@ -37,11 +39,14 @@ def run_jobs(jobs: Sequence[Job[T_co]], num_processes: int, advance: Callable[[i
     executor = ProcessPoolExecutor(
         min(num_processes, len(jobs)), context, _initialize_process, (done, is_stopped)
     )
-    with executor:
+    # Processes inherit that they ignore interrupts: this one says when to stop. It hears of one only while
+    # it polls: a second one, while the pool is shut down, would leave it waiting for ever.
+    with _interrupts(signal.SIG_IGN) as heard, executor:
         futures = [executor.submit(_run_in_process, job) for job in jobs]
         try:
-            for count in _polled(futures, done):
-                advance(count)
+            with _interrupts(heard):
+                for count in _polled(futures, done):
+                    advance(count)
             return [future.result() for future in futures]
         except BrokenProcessPool:
             raise UnavailableError(
@@ -51,6 +56,19 @@ def run_jobs(jobs: Sequence[Job[T_co]], num_processes: int, advance: Callable[[i
             is_stopped.set()
             for future in futures:
                 future.cancel()
+
+
+@contextmanager
+def _interrupts(handler: Any) -> Iterator[Any]:
+    """What becomes of SIGINT meanwhile; gives what became of it before. Only the main thread may say."""
+    if threading.current_thread() is not threading.main_thread():
+        yield None
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield before
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _polled(futures: Sequence[Future], done: Any) -> Iterator[int]:

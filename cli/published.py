@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..reference.errors import invalid_argument
 from ..scheduler.published import (
     BALANCE,
     BASELINE,
@@ -83,6 +84,9 @@ def run_published(options: Options) -> None:
     """
     if options.json:
         check_writable("--json", options.json)
+    for name, given in (("--dp", options.dp), ("--expert-share", options.expert_share)):
+        if len(set(given)) < len(given):
+            invalid_argument(name, ", ".join(map(str, given)), "each once")
     for dp_size in options.dp:
         check(dp_size, options.expert_share, options.policy, options.routing, options.max_num_batched_tokens)
     jobs = [_Job(dp_size, options) for dp_size in options.dp]

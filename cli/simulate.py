@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from ..scheduler.simulation import ROUTINGS, SimulationSetup
 from ..scheduler.traces import TraceRequest, read_trace
 from ..scheduler.workload import mix_from_trace
 from ..scheduler.workloads import WORKLOADS, make_requests
-from .output_files import check_writable, write_atomically
+from .output_files import check_apart, write_atomically
 from .parallel import run_jobs
 from .progress import progress
 from .simulate_runs import Job, Row, Run
@@ -136,7 +136,9 @@ def prepare(options: Options) -> Plan:
     cost = _with_option("--cost", load_cost, options.cost) if options.cost else DEFAULT_COST
     if options.is_trace:
         _check_seed_has_effect(options)
-        workload = _with_option("TRACE_OR_WORKLOAD", read_trace, options.source)[: options.requests]
+        recorded = _with_option("TRACE_OR_WORKLOAD", read_trace, options.source)[: options.requests]
+        start = min(request.arrival_ms for request in recorded)  # some traces count from 1970
+        workload = [replace(request, arrival_ms=request.arrival_ms - start) for request in recorded]
         _with_option(options.source, mix_from_trace, workload)
         workloads = (workload,) * options.seeds
     else:
@@ -150,14 +152,8 @@ def _check_outputs(options: Options) -> None:
         "--html": (options.html, (".html", ".htm")),
         "--timeline": (options.timeline, (".json",)),
     }
-    seen: dict[Path, str] = {}
-    for option, (path, suffixes) in outputs.items():
-        if path is None:
-            continue
-        check_writable(option, path, suffixes)
-        other = seen.setdefault(path.resolve(), option)
-        if other != option:
-            invalid_argument(option, path, f"another file than that of {other}")
+    source = options.source if options.is_trace else None
+    check_apart(outputs, {"TRACE_OR_WORKLOAD": source, "--cost": options.cost})
 
 
 def _check_seed_has_effect(options: Options) -> None:

@@ -141,6 +141,7 @@ def test_it_holds_what_is_not_fitted_to_a_row_at_the_values_of_a_file(tmp_path: 
         (["--plot=steps.txt"], "--plot is steps.txt; allowed: a file that ends in .png, .svg, .pdf"),
         (["--json=absent/fit.json"], "--json is absent/fit.json; allowed: a file that can be written ("),
         (["--json=same", "--output=same"], "--json is same; allowed: another file than that of --output"),
+        (["--output=steps.jsonl"], "--output is steps.jsonl; allowed: another file than that of the input"),
     ],
 )
 def test_wrong_options_for_steps_are_told_in_one_line(

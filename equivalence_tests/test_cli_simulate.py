@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import re
 import shlex
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -481,6 +483,46 @@ def test_a_process_stops_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> 
         parallel._run_in_process(_job())
 
 
+INTERRUPTED = """
+import os, signal, threading, time
+from ascend_twin.cli import parallel
+from ascend_twin.cli.main import app
+
+def interrupt():
+    for _ in range(3):
+        os.killpg(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+def polled(*arguments, polled=parallel._polled):
+    threading.Thread(target=interrupt).start()
+    yield from polled(*arguments)
+
+parallel._polled = polled
+app()
+"""
+"""Three interrupts of the whole process group, as soon as the first process of the pool was started."""
+
+
+def test_interrupts_end_all_processes_however_many() -> None:
+    command = [sys.executable, "-c", INTERRUPTED, "simulate", "conversation", "--requests=2000", "--jobs=2"]
+    process = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert process.returncode == 130
+    assert process.stderr.strip() == "interrupted after 0 of 4,000 requests"
+
+
+def test_times_of_a_trace_count_from_its_first_request(tmp_path: Path) -> None:
+    files = []
+    for start in (0, 1_700_000_000_000):
+        trace, result = tmp_path / "trace.jsonl", tmp_path / f"{start}.json"
+        lines = [json.loads(line) for line in TRACE.splitlines()]
+        for line in lines:
+            line["timestamp"] += start
+        trace.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        assert _simulate(str(trace), "--json", str(result))[0] == 0
+        files.append(json.loads(result.read_text(encoding="utf-8"))["rows"])
+    assert files[0] == files[1]
+
+
 def test_an_interrupt_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(jobs: Any, num_processes: int, advance: Callable[[int], object]) -> None:
         advance(1_234)
@@ -576,6 +618,14 @@ def _never(*arguments: Any, **options: Any) -> None:
         (
             ("fixed", "--json=x.json", "--timeline=./x.json"),
             "--timeline is x.json; allowed: another file than t",
+        ),
+        (
+            ("trace.jsonl", "--json=./trace.jsonl"),
+            "--json is trace.jsonl; allowed: another file than that of TRACE_OR_WORKLOAD",
+        ),
+        (
+            ("fixed", "--cost=trace.jsonl", "--html=x.html", "--json=trace.jsonl"),
+            "--json is trace.jsonl; allowed: another file than that of --cost",
         ),
     ],
 )

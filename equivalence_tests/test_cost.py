@@ -132,7 +132,10 @@ def test_a_bad_number_is_refused(name: str, value: object) -> None:
     values: dict[str, Any] = {"step_ms": 1.0, name: value}
     with pytest.raises(InvalidArgumentError) as caught:
         CostModel(**values)
-    assert str(caught.value) == f"{name} is {value!r}; allowed: a finite number >= 0"
+    assert (
+        str(caught.value)
+        == f"{name} is {value!r}; allowed: a finite number >= 0, at most 1,000,000,000,000,000"
+    )
 
 
 def test_the_source_must_be_text() -> None:
@@ -161,8 +164,15 @@ def test_json_gives_the_model_back(tmp_path: Path) -> None:
         ("[1]", r"the whole is \[1\]; allowed: a JSON object"),
         ("{}", "step_ms is missing"),
         ('{"step_ms": 1, "steps": 2}', "steps is unknown; allowed: step_ms, prefill_step_ms, .*, source"),
-        ('{"step_ms": NaN}', "step_ms is nan; allowed: a finite number >= 0"),
-        ('{"step_ms": "60"}', "step_ms is '60'; allowed: a finite number >= 0"),
+        (
+            '{"step_ms": 1e300}',
+            "step_ms is 1e.300; allowed: a finite number >= 0, at most 1,000,000,000,000,000",
+        ),
+        ('{"step_ms": NaN}', "step_ms is nan; allowed: a finite number >= 0, at most 1,000,000,000,000,000"),
+        (
+            '{"step_ms": "60"}',
+            "step_ms is '60'; allowed: a finite number >= 0, at most 1,000,000,000,000,000",
+        ),
         ('{"step_ms": 1, "expert_us_per_token": null}', "expert_us_per_token is None; allowed: a .*"),
     ],
 )

@@ -91,12 +91,18 @@ def _rank_line(**changed: object) -> str:
         ("3", "the line is 3; allowed: a JSON object"),
         (json.dumps({"ranks": GOOD["ranks"]}), "step_ms is missing"),
         (json.dumps({"step_ms": 3}), "ranks is missing"),
-        (_line(step_ms=0), "step_ms is 0; allowed: a finite number > 0"),
-        (_line(step_ms=-2.5), "step_ms is -2.5; allowed: a finite number > 0"),
-        (_line(step_ms=float("nan")), "step_ms is nan; allowed: a finite number > 0"),
-        (_line(step_ms=float("inf")), "step_ms is inf; allowed: a finite number > 0"),
-        (_line(step_ms="7"), "step_ms is '7'; allowed: a finite number > 0"),
-        (_line(step_ms=True), "step_ms is True; allowed: a finite number > 0"),
+        (_line(step_ms=0), "step_ms is 0; allowed: a finite number > 0, at most 1,000,000,000,000,000"),
+        (_line(step_ms=-2.5), "step_ms is -2.5; allowed: a finite number > 0, at most 1,000,000,000,000,000"),
+        (
+            _line(step_ms=float("nan")),
+            "step_ms is nan; allowed: a finite number > 0, at most 1,000,000,000,000,000",
+        ),
+        (
+            _line(step_ms=float("inf")),
+            "step_ms is inf; allowed: a finite number > 0, at most 1,000,000,000,000,000",
+        ),
+        (_line(step_ms="7"), "step_ms is '7'; allowed: a finite number > 0, at most 1,000,000,000,000,000"),
+        (_line(step_ms=True), "step_ms is True; allowed: a finite number > 0, at most 1,000,000,000,000,000"),
         (_line(ranks=STEP), "ranks is {.*}; allowed: a list of objects"),
         (_line(ranks=[]), "ranks is empty; allowed: one object for each rank"),
         (_line(ranks=[STEP, 5]), "ranks[1] is 5; allowed: a JSON object"),
@@ -430,5 +436,8 @@ def test_fit_row_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", True])
 def test_a_row_has_positive_numbers(name: str, value: Any) -> None:
     numbers: dict[str, Any] = {"ttft_ms": 1.0, "tpot_ms": 1.0, "throughput": 1.0, name: value}
-    with pytest.raises(InvalidArgumentError, match=rf"{name} is .*; allowed: a finite number > 0"):
+    with pytest.raises(
+        InvalidArgumentError,
+        match=rf"{name} is .*; allowed: a finite number > 0, at most 1,000,000,000,000,000",
+    ):
         BenchmarkRow(**numbers)

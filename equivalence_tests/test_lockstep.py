@@ -345,6 +345,9 @@ def test_lockstep_names_the_rank_whose_engine_raises() -> None:
     ) as raised:
         group.step()
     assert isinstance(raised.value.__cause__, RuntimeError)
+    for rank in range(3):  # nothing goes on as if nothing had been
+        with pytest.raises(LockstepError, match=r"^rank 1 failed at step 2: RuntimeError: the model is"):
+            group.advance(rank)
 
 
 @pytest.mark.parametrize("places", [((1, 2), (0, 2)), ((0, 3), (1, 3)), ((0, 2),)])
@@ -357,6 +360,31 @@ def test_lockstep_refuses_engines_of_other_places(places: tuple[tuple[int, int],
     ]
     with pytest.raises(InvalidArgumentError, match=r"^engines\[0\] is rank \d of \d; allowed: rank 0 of"):
         Lockstep(engines)
+
+
+@pytest.mark.parametrize(
+    ("cap", "policy", "said"),
+    [
+        (3, "any_rank_at_cap", "AnyRankAtCap.* and max_num_seqs 3; allowed: AnyRankAtCap.* and 2, as rank 0"),
+        (2, "open_gate", "OpenGate.* and max_num_seqs 2; allowed: AnyRankAtCap.* and 2, as rank 0"),
+    ],
+)
+def test_lockstep_refuses_ranks_that_would_decide_differently(cap: int, policy: str, said: str) -> None:
+    engines = []
+    for rank, (max_num_seqs, spec) in enumerate(((2, "any_rank_at_cap"), (cap, policy))):
+        config = SchedulerConfig(num_blocks=8, block_size=4, max_num_seqs=max_num_seqs, max_model_len=8)
+        made = make_policy(spec, max_num_seqs)
+        engines.append(TinyEngine(BalanceScheduler(config, policy=made, dp_rank=rank, dp_size=2)))
+    with pytest.raises(InvalidArgumentError, match=rf"^engines\[1\] is one with {said}"):
+        Lockstep(engines)
+
+
+def test_lockstep_refuses_no_engine_and_a_rank_that_is_none() -> None:
+    with pytest.raises(InvalidArgumentError, match="engines is"):
+        Lockstep([])
+    group, _ = tiny_group(2)
+    with pytest.raises(InvalidArgumentError, match="rank is -1; allowed: an int from 0 to 1"):
+        group.add_request(-1, ("a", 2))
 
 
 @pytest.mark.parametrize("interval", [0, -1, 1.5, True])

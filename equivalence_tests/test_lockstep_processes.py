@@ -288,7 +288,7 @@ def test_process_group_returns_the_row_of_each_collective(store):
     [
         ({"size": 0}, "size is 0; allowed: an int >= 1"),
         ({"rank": 2}, "rank is 2; allowed: an int from 0 to 1"),
-        ({"timeout_s": 0}, "timeout_s is 0; allowed: a finite number > 0"),
+        ({"timeout_s": 0}, "timeout_s is 0; allowed: a finite number > 0, at most 1,000,000,000,000,000"),
         ({"backend": "nccl"}, "backend is 'nccl'; allowed: one of gloo, hccl"),
         ({"device": "npu:0"}, "device is npu:0; allowed: cpu with backend gloo"),
         ({"backend": "hccl"}, "device is cpu; allowed: npu with backend hccl"),

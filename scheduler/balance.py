@@ -123,6 +123,8 @@ class BalanceScheduler(UpstreamScheduler):
         for rank, counts in enumerate(gathered):
             if counts.step != self.num_gathers:
                 raise SchedulerStateError(f"{place}: rank {rank} is at gather {counts.step}")
+            if min(counts) < 0:
+                raise SchedulerStateError(f"{place}: rank {rank} contributes {counts}, below 0")
             if counts.running > self.max_num_running_reqs:
                 raise SchedulerStateError(
                     f"{place}: rank {rank} runs {counts.running} requests, and max_num_running_reqs is "

@@ -11,6 +11,7 @@ from typing import Any
 from ..reference.errors import InvalidArgumentError, invalid_argument
 
 MOST = 2**63 - 1
+MOST_NUMBER = 10**15  # of measurements: their products are finite, too
 
 
 def check_type(name: str, value: object, kind: type) -> None:
@@ -34,8 +35,8 @@ def check_int(name: str, value: object, least: int = -MOST, most: int = MOST) ->
 
 def check_positive(name: str, value: object) -> None:
     """Refuse what is no finite number above 0 (a bool is none)."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-        invalid_argument(name, reprlib.repr(value), "a finite number > 0")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MOST_NUMBER:
+        invalid_argument(name, reprlib.repr(value), f"a finite number > 0, at most {MOST_NUMBER:,}")
 
 
 def check_text(name: str, value: object) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..reference.errors import InvalidArgumentError, invalid_argument
-from .checks import check_type, read_object
+from .checks import MOST_NUMBER, check_type, read_object
 
 
 class Parameter(NamedTuple):
@@ -109,8 +109,8 @@ class CostModel:
     def __post_init__(self) -> None:
         for name in PARAMETERS:
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < float("inf"):
-                invalid_argument(name, reprlib.repr(value), "a finite number >= 0")
+            if type(value) not in (int, float) or not 0 <= value <= MOST_NUMBER:
+                invalid_argument(name, reprlib.repr(value), f"a finite number >= 0, at most {MOST_NUMBER:,}")
         check_type("source", self.source, str)
 
     def to_json(self) -> dict[str, Any]:

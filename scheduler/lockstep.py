@@ -204,9 +204,10 @@ class Lockstep:
         num_steps: steps that all ranks have made together.
 
     Raises:
-        InvalidArgumentError: when an engine's scheduler is of another rank or size.
+        InvalidArgumentError: for no engine, or one whose scheduler is of another rank or size, or has another
+            policy or cap than that of rank 0.
         LockstepError: from `step` and `advance`, when ranks enter different collectives, or one waits for
-            ranks that are idle and that nothing will wake.
+            ranks that are idle and that nothing will wake; after a rank has failed, always that failure.
     """
 
     def __init__(
@@ -216,7 +217,17 @@ class Lockstep:
         finish_check_interval: int = FINISH_CHECK_INTERVAL,
         log_size: int | None = 1000,
     ) -> None:
+        if not engines:
+            invalid_argument("engines", engines, "at least one")
+        first = engines[0].scheduler
         for i, engine in enumerate(engines):
+            cap = engine.scheduler.config.max_num_seqs
+            if cap != first.config.max_num_seqs or engine.scheduler.policy != first.policy:
+                invalid_argument(
+                    f"engines[{i}]",
+                    f"one with {engine.scheduler.policy} and max_num_seqs {cap}",
+                    f"{first.policy} and {first.config.max_num_seqs}, as rank 0: all must decide alike",
+                )
             place = (engine.scheduler.dp_rank, engine.scheduler.dp_size)
             if place != (i, len(engines)):
                 invalid_argument(
@@ -229,6 +240,7 @@ class Lockstep:
         self.coordinator = Coordinator(self._tell_ranks, self._tell_client)
         self.transport = LocalTransport(len(engines), log_size)
         self.num_steps = 0
+        self._failure: LockstepError | None = None
         self._turns: dict[int, Turn] = {}
         self._client_wave = 0
         self._client_knows_wave = False
@@ -237,6 +249,7 @@ class Lockstep:
 
     def add_request(self, rank: int, request: Any) -> None:
         """The client sends a request to a rank, and wakes the others if it takes them for idle."""
+        check_int("rank", rank, 0, len(self.ranks) - 1)
         target, wave = self.ranks[rank], self._client_wave
         self._post(CLIENT, rank, lambda: target.add_request(request, wave))
         if not self._client_knows_wave:
@@ -294,6 +307,8 @@ class Lockstep:
 
     def advance(self, rank: int) -> None:
         """Let a rank run until it waits for the others, or its turn is over."""
+        if self._failure:
+            raise self._failure
         if rank not in self.transport.waiting:
             self._resume(rank, None)
         while rows := self.transport.take_complete():
@@ -309,7 +324,8 @@ class Lockstep:
             del self._turns[rank]
         except Exception as error:
             place = f"rank {rank} failed at step {self.ranks[rank].num_steps}"
-            raise LockstepError(f"{place}: {type(error).__name__}: {error}") from error
+            self._failure = LockstepError(f"{place}: {type(error).__name__}: {error}")
+            raise self._failure from error
 
     def step(self) -> bool:
         """All mail arrives, and all ranks make one step together; False when all are idle."""

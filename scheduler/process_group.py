@@ -32,6 +32,7 @@ BACKENDS = {"gloo": "cpu", "hccl": "npu"}
 _NAMES = (FORWARD, HAS_UNFINISHED, GATHER)
 _HEADER = 3  # index of the name, step, length of the row
 _WIDTH = _HEADER + len(RankCounts._fields)  # no collective contributes more
+_GRACE_S = 1.0  # for others to say, once this rank has given up, that they are there
 _POLL_S = 0.02
 
 
@@ -219,6 +220,8 @@ class ProcessGroupTransport:
             # while a frame of the error refers to the group.
             clear_frames(error.__traceback__)
             _leave_group()
+            # A rank that came late is told of the failure now, not when its own time is over.
+            deadline = max(deadline, time.monotonic() + _GRACE_S)
             places = self._read_places()
             while not self._is_explained(places) and time.monotonic() < deadline:
                 time.sleep(_POLL_S)

@@ -92,6 +92,9 @@ def predict(
         InvalidArgumentError: for a value that is not as above.
     """
     setup = check(dp_size, expert_shares, policy, routing, max_num_batched_tokens)
+    for name, given in (("expert_shares", expert_shares), ("seeds", seeds), ("spreads", spreads)):
+        if not given:
+            invalid_argument(name, given, "at least one")
 
     def orders(policy: str, spread: float) -> list[StepOrder]:
         setup_of_policy = replace(setup, policy=policy)
@@ -132,8 +135,8 @@ def check(
     if CONCURRENCY % dp_size:
         invalid_argument("dp_size", dp_size, f"a divisor of {CONCURRENCY}")
     for share in expert_shares:
-        if not 0 <= share <= 1:
-            invalid_argument("expert_share", share, "0 to 1")
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            invalid_argument("expert_share", repr(share), "0 to 1")
     config = _config(dp_size, max_num_batched_tokens)
     return SimulationSetup(dp_size, policy, CostModel(step_ms=1.0), config, routing, CONCURRENCY)
 

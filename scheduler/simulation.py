@@ -15,7 +15,7 @@ import numpy as np
 from ..reference.errors import invalid_argument
 from .admission import make_policy
 from .balance import BalanceScheduler
-from .checks import check_int
+from .checks import check_int, check_type
 from .config import SchedulerConfig
 from .cost import CostModel, RankWork
 from .lockstep import Lockstep
@@ -60,6 +60,8 @@ class SimulationSetup:
 
     def __post_init__(self) -> None:
         check_int("dp_size", self.dp_size, 1)
+        check_type("cost", self.cost, CostModel)
+        check_type("config", self.config, SchedulerConfig)
         make_policy(self.policy, self.config.max_num_seqs)
         if self.routing not in ROUTINGS:
             invalid_argument("routing", repr(self.routing), f"one of {', '.join(ROUTINGS)}")
