@@ -302,6 +302,7 @@ def test_make_policy_knows_every_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
+        (None, "policy is None; allowed: a str"),
         ("", f"policy is ''; allowed: one of {', '.join(POLICIES)}"),
         ("balance", f"policy is 'balance'; allowed: one of {', '.join(POLICIES)}"),
         ("Cadence", f"policy is 'Cadence'; allowed: one of {', '.join(POLICIES)}"),
@@ -315,7 +316,7 @@ def test_make_policy_knows_every_name(name: str) -> None:
         ("cadence:interval=0", "interval is 0; allowed: an int >= 1"),
     ],
 )
-def test_make_policy_says_what_is_allowed(spec: str, said: str) -> None:
+def test_make_policy_says_what_is_allowed(spec: Any, said: str) -> None:
     with pytest.raises(InvalidArgumentError, match=re.escape(said)):
         make_policy(spec, 4)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..reference.errors import invalid_argument
-from .checks import check_int, check_text
+from .checks import check_int, check_type
 
 
 class RankCounts(NamedTuple):
@@ -205,7 +205,7 @@ def make_policy(spec: str, max_num_running_reqs: int) -> AdmissionPolicy:
         InvalidArgumentError: for an unknown name or parameter, a value that is no int, or one that the policy
             refuses.
     """
-    check_text("policy", spec)
+    check_type("policy", spec, str)
     name, _, given = spec.partition(":")
     if name not in POLICIES:
         invalid_argument("policy", repr(spec), f"one of {', '.join(POLICIES)}")
