@@ -9,12 +9,13 @@ from rich.progress import Progress
 
 
 @contextmanager
-def progress(what: str, total: int | None) -> Iterator[Callable[[int], object]]:
+def progress(what: str, total: int | None, remark: str = "") -> Iterator[Callable[[int], object]]:
     """A bar on stderr, told by how much it grows; it also says how far the command came when interrupted.
 
     Args:
         what: is counted, in the plural.
         total: how many there will be; None is not known.
+        remark: what else is to be said when interrupted.
 
     Raises:
         typer.Exit: with status 130 when it is interrupted.
@@ -27,5 +28,5 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], object]]:
             yield lambda count: bar.advance(task, count)
     except KeyboardInterrupt:
         of_total = "" if total is None else f" of {total:,}"
-        typer.echo(f"interrupted after {bar.tasks[0].completed:,.0f}{of_total} {what}", err=True)
+        typer.echo(f"interrupted after {bar.tasks[0].completed:,.0f}{of_total} {what}{remark}", err=True)
         raise typer.Exit(130) from None

@@ -20,15 +20,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..equivalence_tests.run_on_device import versions
@@ -53,12 +52,15 @@ from ..scheduler.config import SchedulerConfig
 from ..scheduler.traces import read_trace
 from ..scheduler.workload import RequestMix, mix_from_trace
 from .output_files import check_writable, write_atomically
+from .progress import progress
 
 MINIMIZE_SECONDS = 60.0
 PEERS = ("vllm",)
 
 # Of a trace: a pool that holds some 1.5 million tokens, so that prefixes are found and blocks run short.
 TRACE_BLOCK_SIZE, TRACE_NUM_BLOCKS = 128, 12_000
+
+SO_FAR = "; nothing was wrong so far"  # when interrupted
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def _headline(options: Options) -> str:
 
 
 def _run_at_random(options: Options, engines: Sequence[Callable[..., Engine]]) -> Summary:
-    with _progress("steps", options.steps or 0) as advance:
+    with progress("steps", options.steps or 0, SO_FAR) as advance:
         return run_at_random(options.seed or 0, options.steps or 0, engines, advance=advance)
 
 
@@ -215,7 +217,7 @@ def _run_trace(mix: RequestMix, engines: Sequence[Callable[..., Engine]]) -> Sum
         max_model_len=longest,
     )
     summary = Summary(runs=1, requests=len(mix.requests))
-    with _progress("requests", len(mix.requests)) as advance:
+    with progress("requests", len(mix.requests), SO_FAR) as advance:
         try:
             driver = run_mix(mix, config, engines, advance=advance)
         except AscendTwinError as error:
@@ -242,7 +244,7 @@ def _load_mix(path: Path, num_requests: int) -> RequestMix:
 
 
 def _run_saved(scenario: Scenario, engines: Sequence[Callable[..., Engine]]) -> Summary:
-    with _progress("scenarios", 1):
+    with progress("scenarios", 1, SO_FAR):
         run = run_scenario(scenario, engines)
     return Summary(
         runs=1,
@@ -253,21 +255,6 @@ def _run_saved(scenario: Scenario, engines: Sequence[Callable[..., Engine]]) -> 
         failure=run.failure,
         scenario=scenario,
     )
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr, told by how much it grows; it also says how far the command came when interrupted."""
-    stderr = Console(stderr=True)
-    bar = Progress(console=stderr, transient=True, disable=not stderr.is_terminal)
-    task = bar.add_task(what, total=total)
-    try:
-        with bar:
-            yield lambda count: bar.advance(task, count)
-    except KeyboardInterrupt:
-        done = f"{bar.tasks[0].completed:,.0f} of {total:,} {what}"
-        typer.echo(f"interrupted after {done}; nothing was wrong so far", err=True)
-        raise typer.Exit(130) from None
 
 
 def _print(summary: Summary, seconds: float) -> None:
