@@ -1,12 +1,16 @@
-"""Scheduling: vLLM's scheduler in plain Python, and the requests that it is driven with."""
+"""Scheduling: vLLM's scheduler in plain Python, balance scheduling on it, and requests to drive them with."""
 
+from .admission import make_policy
+from .balance import AsyncBalanceScheduler, BalanceScheduler
 from .config import SchedulerConfig
 from .lifecycle import PauseState
 from .request import LoRARequest, Request, RequestStatus, SamplingParams
 from .upstream import AsyncUpstreamScheduler, UpstreamScheduler
 
 __all__ = [
+    "AsyncBalanceScheduler",
     "AsyncUpstreamScheduler",
+    "BalanceScheduler",
     "LoRARequest",
     "PauseState",
     "Request",
@@ -14,4 +18,5 @@ __all__ = [
     "SamplingParams",
     "SchedulerConfig",
     "UpstreamScheduler",
+    "make_policy",
 ]
