@@ -44,7 +44,7 @@ def run_jobs(jobs: Sequence[Job[T_co]], num_processes: int, advance: Callable[[i
     with _interrupts(signal.SIG_IGN) as heard, executor:
         futures = [executor.submit(_run_in_process, job) for job in jobs]
         try:
-            with _interrupts(heard):
+            with _interrupts(_stop_once if heard is signal.default_int_handler else heard):
                 for count in _polled(futures, done):
                     advance(count)
             return [future.result() for future in futures]
@@ -56,6 +56,12 @@ def run_jobs(jobs: Sequence[Job[T_co]], num_processes: int, advance: Callable[[i
             is_stopped.set()
             for future in futures:
                 future.cancel()
+
+
+def _stop_once(number: int, frame: object) -> None:
+    """The handler of the first interrupt: there is no second one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager
