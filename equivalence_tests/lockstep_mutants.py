@@ -58,13 +58,7 @@ class MisplacedRank(Rank):
             yield from self._gather_in("twice")
         for _ in range(2 - (self.engine.scheduler.dp_rank > 0)):
             yield from self._gather_in("twice on rank 0")
-        self.num_steps += 1
-        self.num_dummy_steps += not executed
-        if not self.is_in_wave:
-            if self.engine.scheduler.dp_rank == 0:
-                self.post("wave_is_over", self.current_wave)
-            self.current_wave += 1
-            self._step_in_wave = 0
+        self._end_step(executed)
         return True
 
     def _gather_in(self, place: str, comes_by: bool = True) -> Any:

@@ -38,24 +38,29 @@ AdmissionPolicy = Callable[[Sequence[RankCounts]], bool]
 
 
 @dataclass(frozen=True)
-class OpenGate:
-    """Always: vLLM without balance scheduling.
-
-    Args:
-        max_num_running_reqs: the cap, requests that may run on one rank, >= 1.
-    """
+class _Capped:
+    """What every policy is told: the cap of a rank."""
 
     max_num_running_reqs: int
 
     def __post_init__(self) -> None:
         check_int("max_num_running_reqs", self.max_num_running_reqs, 1)
 
+
+@dataclass(frozen=True)
+class OpenGate(_Capped):
+    """Always: vLLM without balance scheduling.
+
+    Args:
+        max_num_running_reqs: the cap, requests that may run on one rank, >= 1.
+    """
+
     def __call__(self, gathered: Sequence[RankCounts]) -> bool:
         return True
 
 
 @dataclass(frozen=True)
-class AnyRankAtCap:
+class AnyRankAtCap(_Capped):
     """Not while the fullest rank is at the cap.
 
     Args:
@@ -65,17 +70,12 @@ class AnyRankAtCap:
     #8675.
     """
 
-    max_num_running_reqs: int
-
-    def __post_init__(self) -> None:
-        check_int("max_num_running_reqs", self.max_num_running_reqs, 1)
-
     def __call__(self, gathered: Sequence[RankCounts]) -> bool:
         return max(counts.running for counts in gathered) != self.max_num_running_reqs
 
 
 @dataclass(frozen=True)
-class AnyRankNearCap:
+class AnyRankNearCap(_Capped):
     """Not while the fullest rank is at the cap, or one request below it.
 
     Args:
@@ -85,10 +85,8 @@ class AnyRankNearCap:
     Source: vllm_ascend/patch/platform/patch_balance_schedule.py, from vllm-ascend #7611 to #8675.
     """
 
-    max_num_running_reqs: int
-
     def __post_init__(self) -> None:
-        check_int("max_num_running_reqs", self.max_num_running_reqs, 1)
+        super().__post_init__()
         if self.max_num_running_reqs == 1:
             invalid_argument(
                 "max_num_running_reqs",
@@ -101,7 +99,7 @@ class AnyRankNearCap:
 
 
 @dataclass(frozen=True)
-class Cadence:
+class Cadence(_Capped):
     """Every `interval`-th step; in the others only when some rank is saturated, or nobody decodes.
 
     Upstream asks both on each rank alone, and also holds back prompts that are half computed; here all ranks
@@ -114,11 +112,10 @@ class Cadence:
     Source: vllm #44558 (prefill_schedule_interval, and prefill_capacity_bound as its saturation guard).
     """
 
-    max_num_running_reqs: int
     interval: int = 2
 
     def __post_init__(self) -> None:
-        check_int("max_num_running_reqs", self.max_num_running_reqs, 1)
+        super().__post_init__()
         check_int("interval", self.interval, 1)
 
     def __call__(self, gathered: Sequence[RankCounts]) -> bool:
@@ -134,7 +131,7 @@ MOST_EXCESS = 2  # requests a rank
 
 
 @dataclass(frozen=True)
-class Patient:
+class Patient(_Capped):
     """Not while the fullest rank is at the cap, for as long as waiting costs less than it spares.
 
     A prefill on one rank holds up all; admissions are therefore best made on many ranks in one step. Waiting
@@ -157,12 +154,11 @@ class Patient:
     Source: our own; docs/published.md has what it was measured by, and where it loses.
     """
 
-    max_num_running_reqs: int
     patience: int = 16
     most_steps: int = 2048
 
     def __post_init__(self) -> None:
-        check_int("max_num_running_reqs", self.max_num_running_reqs, 1)
+        super().__post_init__()
         check_int("patience", self.patience, 1)
         check_int("most_steps", self.most_steps, 1)
 

@@ -182,6 +182,11 @@ class BenchmarkRow:
         for name, value in asdict(self).items():
             check_positive(name, value)
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """All of them, in their order, `[3]` float64."""
+        return np.array([self.ttft_ms, self.tpot_ms, self.throughput])
+
 
 @dataclass(frozen=True)
 class RowFit:
@@ -283,7 +288,7 @@ def _fit_one_order(
     simulator: "_Simulator", order: "StepOrder", row: BenchmarkRow, free: FreeParameters
 ) -> tuple[np.ndarray, np.ndarray]:
     """The free parameters whose row is nearest, in their units, and the jacobian of its relative errors."""
-    published = _numbers(row)
+    published = row.numbers
     found = least_squares(
         lambda x: order.row(free.values(x)) / published - 1,
         np.ones(len(free.places)),
@@ -321,12 +326,8 @@ def simulated_row(result: SimulationResult) -> BenchmarkRow:
     )
 
 
-def _numbers(row: BenchmarkRow) -> np.ndarray:
-    return np.array([row.ttft_ms, row.tpot_ms, row.throughput])
-
-
 def _row_errors(row: BenchmarkRow, published: BenchmarkRow) -> np.ndarray:
-    return _numbers(row) / _numbers(published) - 1
+    return row.numbers / published.numbers - 1
 
 
 @dataclass(frozen=True)

@@ -103,13 +103,7 @@ class Rank:
         self.is_in_wave = yield from self._reduce(has_unfinished)
         rows = yield self._collective(GATHER, *self.engine.scheduler.counts())
         self.engine.scheduler.observe([RankCounts(*row) for row in rows])
-        self.num_steps += 1
-        self.num_dummy_steps += not executed
-        if not self.is_in_wave:
-            if self.engine.scheduler.dp_rank == 0:
-                self.post("wave_is_over", self.current_wave)
-            self.current_wave += 1
-            self._step_in_wave = 0
+        self._end_step(executed)
         return True
 
     def _reduce(self, has_unfinished: bool) -> Turn:
@@ -119,6 +113,16 @@ class Rank:
             return True
         rows = yield self._collective(HAS_UNFINISHED, int(has_unfinished))
         return any(row[0] for row in rows)
+
+    def _end_step(self, executed: bool) -> None:
+        """Count it, and leave the wave if that is over."""
+        self.num_steps += 1
+        self.num_dummy_steps += not executed
+        if not self.is_in_wave:
+            if self.engine.scheduler.dp_rank == 0:
+                self.post("wave_is_over", self.current_wave)
+            self.current_wave += 1
+            self._step_in_wave = 0
 
     def _collective(self, name: str, *row: int) -> Collective:
         return Collective(name, self.num_steps, row)

@@ -62,7 +62,7 @@ class Prediction:
 
 def published_ratios() -> np.ndarray:
     """Balance over baseline as published: TTFT, TPOT, throughput, `[3]`. Durations are as 1 / throughput."""
-    return _numbers(BALANCE) / _numbers(BASELINE)
+    return BALANCE.numbers / BASELINE.numbers
 
 
 def predict(
@@ -162,7 +162,7 @@ def _config(dp_size: int, max_num_batched_tokens: int) -> SchedulerConfig:
 
 def _fit(orders: Sequence[StepOrder], expert_share: float) -> tuple[np.ndarray, float]:
     """Values of all parameters that come nearest to the baseline row, and how near."""
-    published = _numbers(BASELINE)
+    published = BASELINE.numbers
 
     def values(x: np.ndarray) -> np.ndarray:
         step_ms, token_us = x
@@ -178,7 +178,3 @@ def _fit(orders: Sequence[StepOrder], expert_share: float) -> tuple[np.ndarray, 
 
     found = least_squares(errors, [0.6 * BASELINE.tpot_ms, 200.0], x_scale="jac", bounds=(0, np.inf))
     return values(found.x), float(found.cost)
-
-
-def _numbers(row: BenchmarkRow) -> np.ndarray:
-    return np.array([row.ttft_ms, row.tpot_ms, row.throughput])

@@ -155,17 +155,15 @@ class _Watch:
     """What one rank does in a step, until it is collected."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.work = RankWork()
         self.running = self.waiting = 0
         self.admitted: list[str] = []
         self.preempted: list[str] = []
         self.tokens: list[str] = []
         self.finished: list[tuple[str, int]] = []
-
-    def clear(self) -> None:
-        self.work = RankWork()
-        self.running = self.waiting = 0
-        self.admitted, self.preempted, self.tokens, self.finished = [], [], [], []
 
     def scheduled(self, scheduler: BalanceScheduler, output: SchedulerOutput) -> None:
         requests = scheduler.requests
