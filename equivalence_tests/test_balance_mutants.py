@@ -16,7 +16,7 @@ from ascend_twin.reference.errors import AscendTwinError
 MODULES = {
     name: f"ascend_twin.{package}.{name}"
     for package, names in {
-        "scheduler": ("admission", "balance", "collectives", "lockstep"),
+        "scheduler": ("admission", "gathered_admission", "balance", "collectives", "lockstep"),
         "equivalence_tests": ("balance_engines", "lockstep_engines", "test_admission", "test_balance"),
     }.items()
     for name in names
@@ -321,7 +321,7 @@ MUTANTS = (
     ),
     # What a rank contributes.
     Mutant(
-        "counts_from_the_step_before_last", "balance",
+        "counts_from_the_step_before_last", "gathered_admission",
         "        return self._sent\n",
         "        self._kept, self._sent = self._sent, getattr(self, '_kept', self._sent)\n"
         "        self._sent = self._sent._replace(step=self.num_gathers)\n"
@@ -329,75 +329,75 @@ MUTANTS = (
         (counts, at_cap_beside_frozen, lockstep),
     ),
     Mutant(
-        "steps_are_not_counted", "balance",
+        "steps_are_not_counted", "gathered_admission",
         "step=self.num_gathers,", "step=0,", (counts, alike),
     ),
     Mutant(
-        "paused_rank_counts", "balance",
+        "paused_rank_counts", "gathered_admission",
         "running = () if is_paused else self.running", "running = self.running",
         (counts, at_cap_beside_frozen),
     ),
     Mutant(
-        "rank_paused_for_new_requests_does_not_count", "balance",
+        "rank_paused_for_new_requests_does_not_count", "gathered_admission",
         "self.pause_state == PauseState.PAUSED_ALL", "self.pause_state != PauseState.UNPAUSED",
         (counts, at_cap_beside_frozen),
     ),
     Mutant(
-        "paused_rank_waits", "balance",
+        "paused_rank_waits", "gathered_admission",
         "        if self.pause_state != PauseState.UNPAUSED:\n            return 0\n", "",
         (counts, at_cap_beside_frozen),
     ),
     Mutant(
-        "sessions_without_input_wait", "balance",
+        "sessions_without_input_wait", "gathered_admission",
         "return len(self.waiting) - self.num_waiting_for_streaming_input", "return len(self.waiting)",
         (counts, at_cap_beside_frozen),
     ),
     Mutant(
-        "nobody_prefills", "balance",
+        "nobody_prefills", "gathered_admission",
         "prefilling=sum(request.is_prefill_chunk for request in running)", "prefilling=0",
         (counts, at_cap_beside_frozen, cadence_beside_frozen),
     ),
     Mutant(
-        "waited_never_starts_anew", "balance",
+        "waited_never_starts_anew", "gathered_admission",
         "self._waited = self._waited + 1 if is_waiting and not is_admitting else 0",
         "self._waited = self._waited + 1",
         (counts, at_cap_beside_frozen),
     ),
     Mutant(
-        "waited_though_somebody_was_admitted", "balance",
+        "waited_though_somebody_was_admitted", "gathered_admission",
         "if is_waiting and not is_admitting else 0", "if is_waiting else 0",
         (counts, at_cap_beside_frozen),
     ),
     Mutant(
-        "resumed_are_not_admitted", "balance",
+        "resumed_are_not_admitted", "gathered_admission",
         "output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids",
         "output.scheduled_new_reqs",
         (at_cap_beside_frozen,),
     ),
     Mutant(
-        "waited_is_told_without_anybody_waiting", "balance",
+        "waited_is_told_without_anybody_waiting", "gathered_admission",
         "waited=self._waited if waiting else 0,", "waited=self._waited,", (at_cap_beside_frozen,),
     ),
     Mutant(
-        "never_saturated", "balance",
+        "never_saturated", "gathered_admission",
         "self._is_saturated = is_waiting", "self._is_saturated = False",
         (counts, at_cap_beside_frozen, cadence_beside_frozen),
     ),
     Mutant(
-        "saturated_by_a_frozen_step", "balance",
+        "saturated_by_a_frozen_step", "gathered_admission",
         "        if self.is_open:\n            self._is_saturated",
         "        if True:\n            self._is_saturated",
         (counts, at_cap_beside_frozen, cadence_beside_frozen),
     ),
     Mutant(
-        "open_steps_count_as_frozen", "balance",
+        "open_steps_count_as_frozen", "gathered_admission",
         "        elif is_waiting:\n            self.num_frozen_steps",
         "        if is_waiting:\n            self.num_frozen_steps",
         (counts,),
     ),
     # What it makes of a gather.
     Mutant(
-        "gate_knows_no_policy", "balance",
+        "gate_knows_no_policy", "gathered_admission",
         "self.is_open = self.policy(gathered)", "self.is_open = True",
         (at_cap_beside_frozen, cadence_beside_frozen, alike, lockstep),
     ),
@@ -407,32 +407,32 @@ MUTANTS = (
         (at_cap_beside_frozen, counts, first_step),
     ),
     Mutant(
-        "gate_is_open_in_the_first_step", "balance",
+        "gate_is_open_in_the_first_step", "gathered_admission",
         "self.is_open = policy((RankCounts(),) * dp_size)", "self.is_open = True", (first_step,),
     ),
     Mutant(
-        "gate_never_opens_again", "balance",
+        "gate_never_opens_again", "gathered_admission",
         "self.is_open = self.policy(gathered)", "self.is_open = self.is_open and self.policy(gathered)",
         (at_cap_beside_frozen, waiting, lockstep),
     ),
     Mutant(
-        "gate_by_the_gather_before", "balance",
+        "gate_by_the_gather_before", "gathered_admission",
         "self.is_open = self.policy(gathered)",
         "self.is_open = self.policy(getattr(self, '_before', gathered))\n        self._before = gathered",
         (at_cap_beside_frozen, alike, lockstep),
     ),
     Mutant(
-        "gate_by_its_own_counts", "balance",
+        "gate_by_its_own_counts", "gathered_admission",
         "self.is_open = self.policy(gathered)", "self.is_open = self.policy([gathered[self.dp_rank]])",
         (at_cap_beside_frozen, alike, lockstep),
     ),
     Mutant(
-        "gate_leaves_out_the_last_rank", "balance",
+        "gate_leaves_out_the_last_rank", "gathered_admission",
         "self.is_open = self.policy(gathered)", "self.is_open = self.policy(gathered[:-1] or gathered)",
         (at_cap_beside_frozen, alike, lockstep),
     ),
     Mutant(
-        "one_rank_reads_its_own_count_twice", "balance",
+        "one_rank_reads_its_own_count_twice", "gathered_admission",
         "self.is_open = self.policy(gathered)",
         "self.is_open = self.policy([gathered[self.dp_rank], *gathered[1:]])",
         (at_cap_beside_frozen, alike, lockstep),
@@ -459,33 +459,35 @@ MUTANTS = (
         (nothing_repeated,),
     ),
     # What it refuses.
-    Mutant("policy_of_another_cap", "balance", "if cap != config.max_num_seqs:", "if False:", (another_cap,)),
     Mutant(
-        "any_number_of_rows", "balance",
+        "policy_of_another_cap", "gathered_admission", "if made_for != cap:", "if False:", (another_cap,)
+    ),
+    Mutant(
+        "any_number_of_rows", "gathered_admission",
         "if len(gathered) != self.dp_size:", "if False:",
         (bad_gather("one row too few"), bad_gather("one row too many")),
     ),
     Mutant(
-        "own_row_is_not_looked_at", "balance",
+        "own_row_is_not_looked_at", "gathered_admission",
         "if gathered[self.dp_rank] != self._sent:", "if False:",
         (bad_gather("own row changed"), bad_gather("own row in another place")),
     ),
     Mutant(
-        "stale_rows_are_taken", "balance",
+        "stale_rows_are_taken", "gathered_admission",
         "if counts.step != self.num_gathers:", "if counts.step > self.num_gathers:",
         (bad_gather("stale"),),
     ),
     Mutant(
-        "another_cap_is_taken", "balance",
-        "if counts.running > self.max_num_running_reqs:", "if False:", (bad_gather("over the cap"),),
+        "another_cap_is_taken", "gathered_admission",
+        "if counts.running > self.cap:", "if False:", (bad_gather("over the cap"),),
     ),
     Mutant(
-        "observed_twice", "balance",
+        "observed_twice", "gathered_admission",
         "        self.num_gathers += 1\n        self._sent = None\n", "        self.num_gathers += 1\n",
         (observed_once,),
     ),
     Mutant(
-        "checked_when_it_is_too_late", "balance",
+        "checked_when_it_is_too_late", "gathered_admission",
         "        self._check(gathered)\n        self.is_open = self.policy(gathered)\n",
         "        self.is_open = self.policy(gathered)\n        self._check(gathered)\n",
         (bad_gather("over the cap"),),
