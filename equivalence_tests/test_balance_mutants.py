@@ -398,7 +398,7 @@ MUTANTS = (
     # What it makes of a gather.
     Mutant(
         "gate_knows_no_policy", "gathered_admission",
-        "self.is_open = self.policy(gathered)", "self.is_open = True",
+        "self.is_open = self.admission_policy(gathered)", "self.is_open = True",
         (at_cap_beside_frozen, cadence_beside_frozen, alike, lockstep),
     ),
     Mutant(
@@ -412,29 +412,29 @@ MUTANTS = (
     ),
     Mutant(
         "gate_never_opens_again", "gathered_admission",
-        "self.is_open = self.policy(gathered)", "self.is_open = self.is_open and self.policy(gathered)",
+        "self.admission_policy(gathered)", "self.is_open and self.admission_policy(gathered)",
         (at_cap_beside_frozen, waiting, lockstep),
     ),
     Mutant(
         "gate_by_the_gather_before", "gathered_admission",
-        "self.is_open = self.policy(gathered)",
-        "self.is_open = self.policy(getattr(self, '_before', gathered))\n        self._before = gathered",
+        "self.admission_policy(gathered)",
+        "self.admission_policy(getattr(self, '_before', gathered))\n        self._before = gathered",
         (at_cap_beside_frozen, alike, lockstep),
     ),
     Mutant(
         "gate_by_its_own_counts", "gathered_admission",
-        "self.is_open = self.policy(gathered)", "self.is_open = self.policy([gathered[self.dp_rank]])",
+        "self.admission_policy(gathered)", "self.admission_policy([gathered[self.dp_rank]])",
         (at_cap_beside_frozen, alike, lockstep),
     ),
     Mutant(
         "gate_leaves_out_the_last_rank", "gathered_admission",
-        "self.is_open = self.policy(gathered)", "self.is_open = self.policy(gathered[:-1] or gathered)",
+        "self.admission_policy(gathered)", "self.admission_policy(gathered[:-1] or gathered)",
         (at_cap_beside_frozen, alike, lockstep),
     ),
     Mutant(
         "one_rank_reads_its_own_count_twice", "gathered_admission",
-        "self.is_open = self.policy(gathered)",
-        "self.is_open = self.policy([gathered[self.dp_rank], *gathered[1:]])",
+        "self.admission_policy(gathered)",
+        "self.admission_policy([gathered[self.dp_rank], *gathered[1:]])",
         (at_cap_beside_frozen, alike, lockstep),
     ),
     Mutant(
@@ -479,7 +479,7 @@ MUTANTS = (
     ),
     Mutant(
         "another_cap_is_taken", "gathered_admission",
-        "if counts.running > self.cap:", "if False:", (bad_gather("over the cap"),),
+        "if counts.running > self.admission_cap:", "if False:", (bad_gather("over the cap"),),
     ),
     Mutant(
         "observed_twice", "gathered_admission",
@@ -488,8 +488,8 @@ MUTANTS = (
     ),
     Mutant(
         "checked_when_it_is_too_late", "gathered_admission",
-        "        self._check(gathered)\n        self.is_open = self.policy(gathered)\n",
-        "        self.is_open = self.policy(gathered)\n        self._check(gathered)\n",
+        "        self._check(gathered)\n        self.is_open = self.admission_policy(gathered)\n",
+        "        self.is_open = self.admission_policy(gathered)\n        self._check(gathered)\n",
         (bad_gather("over the cap"),),
     ),
     # Where the gather stands.

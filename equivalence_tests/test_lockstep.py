@@ -296,7 +296,7 @@ def test_nobody_starves_longer_than_the_bound(spec: str) -> None:
     for _ in range(20):
         dp_size, cap, most_tokens = rng.randint(1, 8), rng.randint(2, 4), rng.randint(2, 12)
         group, engines = tiny_group(dp_size, policy=spec, cap=cap, interval=rng.choice(INTERVALS))
-        bound = BOUNDS[spec.partition(":")[0]](engines[0].scheduler.policy, 1 + most_tokens)
+        bound = BOUNDS[spec.partition(":")[0]](engines[0].scheduler.admission_policy, 1 + most_tokens)
         num_shut = num_sent = 0
         for _ in range(60):
             for _ in range(rng.choice((0, 0, 1, 3))):

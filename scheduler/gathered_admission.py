@@ -19,7 +19,7 @@ class GatheredAdmission:
         is_open: whether the next step may admit waiting requests.
         num_gathers: so far.
         num_frozen_steps: steps so far in which somebody waited, and the gate was shut.
-        policy, cap, dp_rank, dp_size: as given.
+        admission_policy, admission_cap, dp_rank, dp_size: as given. (`policy` is vLLM's order of the queue.)
     """
 
     if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class GatheredAdmission:
             invalid_argument("policy.max_num_running_reqs", made_for, f"max_num_seqs = {cap}")
         check_int("dp_size", dp_size, 1)
         check_int("dp_rank", dp_rank, 0, dp_size - 1)
-        self.policy = policy
-        self.cap = cap
+        self.admission_policy = policy
+        self.admission_cap = cap
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.is_open = policy((RankCounts(),) * dp_size)
@@ -85,7 +85,7 @@ class GatheredAdmission:
                 this rank's own, as sent, in its place, and nobody over the cap. Nothing has changed then.
         """
         self._check(gathered)
-        self.is_open = self.policy(gathered)
+        self.is_open = self.admission_policy(gathered)
         self.num_gathers += 1
         self._sent = None
 
@@ -102,10 +102,10 @@ class GatheredAdmission:
                 raise SchedulerStateError(f"{place}: rank {rank} is at gather {counts.step}")
             if min(counts) < 0:
                 raise SchedulerStateError(f"{place}: rank {rank} contributes {counts}, below 0")
-            if counts.running > self.cap:
+            if counts.running > self.admission_cap:
                 raise SchedulerStateError(
                     f"{place}: rank {rank} runs {counts.running} requests, and max_num_running_reqs is "
-                    f"{self.cap} here: it must be the same on all ranks"
+                    f"{self.admission_cap} here: it must be the same on all ranks"
                 )
 
     def _num_waiting(self) -> int:

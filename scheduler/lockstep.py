@@ -225,12 +225,12 @@ class Lockstep:
             invalid_argument("engines", engines, "at least one")
         first = engines[0].scheduler
         for i, engine in enumerate(engines):
-            cap = engine.scheduler.config.max_num_seqs
-            if cap != first.config.max_num_seqs or engine.scheduler.policy != first.policy:
+            cap, policy = engine.scheduler.admission_cap, engine.scheduler.admission_policy
+            if cap != first.admission_cap or policy != first.admission_policy:
                 invalid_argument(
                     f"engines[{i}]",
-                    f"one with {engine.scheduler.policy} and max_num_seqs {cap}",
-                    f"{first.policy} and {first.config.max_num_seqs}, as rank 0: all must decide alike",
+                    f"one with {policy} and max_num_seqs {cap}",
+                    f"{first.admission_policy} and {first.admission_cap}, as rank 0: all must decide alike",
                 )
             place = (engine.scheduler.dp_rank, engine.scheduler.dp_size)
             if place != (i, len(engines)):
