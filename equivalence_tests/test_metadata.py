@@ -168,6 +168,23 @@ def test_keep_meta_marks_the_sequences_that_have_tokens(device: Device, bounds: 
         assert metadata.cu_seqlens_kern == tuple(_bounds(n for n in lens if n))
 
 
+@given(cumulative_lengths())
+@example([0])
+@example([0, 0, 1, 66])
+def test_int64_offsets_are_the_chunk_offsets_in_the_same_copy(device: Device, bounds: list[int]) -> None:
+    builder = ChunkMetadataBuilder(
+        device, max(1, bounds[-1]), max(1, len(bounds) - 1), 32, int64_offsets=True
+    )
+    metadata = builder.build(torch.tensor(bounds))
+    _land(device)
+    assert not metadata_differences(metadata, bounds, builder.block_sizes)
+    assert metadata.chunk_offsets_int64 is not None
+    assert metadata.chunk_offsets_int64.dtype == torch.int64
+    assert metadata.chunk_offsets_int64.tolist() == metadata.chunk_offsets_chunk64.tolist()
+    assert builder.ring.copies == 1
+    assert _build(device, bounds).chunk_offsets_int64 is None
+
+
 # What the consumers address
 
 
@@ -484,7 +501,12 @@ def test_build_names_the_argument_when_it_does_not_fit(
 @pytest.mark.parametrize("value", [0, -1])
 @pytest.mark.parametrize("name", ["max_num_batched_tokens", "max_num_seqs", "num_value_heads", "depth"])
 def test_builder_names_the_argument_when_it_is_below_one(device: Device, name: str, value: int) -> None:
-    arguments = {"max_num_batched_tokens": 8, "max_num_seqs": 2, "num_value_heads": 4, "depth": 2}
+    arguments: dict[str, Any] = {
+        "max_num_batched_tokens": 8,
+        "max_num_seqs": 2,
+        "num_value_heads": 4,
+        "depth": 2,
+    }
     with pytest.raises(InvalidArgumentError, match=f"^{name} is {value}; allowed: >= 1$"):
         ChunkMetadataBuilder(device, **{**arguments, name: value})
 

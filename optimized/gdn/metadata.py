@@ -30,6 +30,8 @@ class ChunkMetadata:
         chunk_indices_large_block: `[.., 2]` int32, the same for blocks of solve_tril.
         block_indices_cumsum: `[.., 2]` int32, the same for blocks of chunk_local_cumsum.
         keep_meta: `[N]` bool on the device, False for empty sequences; None when there are none.
+        chunk_offsets_int64: `chunk_offsets_chunk64` as int64, for consumers that want it so; None unless the
+            builder was asked for it.
         num_decodes: leading sequences that decode one token.
         seq_lens_host: `[N]` int64 numpy array on the host, tokens of each sequence.
         block_sizes: tokens a block of chunk_indices_chunk64, chunk_indices_large_block and
@@ -47,6 +49,7 @@ class ChunkMetadata:
     chunk_indices_large_block: torch.Tensor
     block_indices_cumsum: torch.Tensor
     keep_meta: torch.Tensor | None
+    chunk_offsets_int64: torch.Tensor | None
     num_decodes: int
     seq_lens_host: np.ndarray
     block_sizes: tuple[int, int, int]
@@ -95,6 +98,7 @@ class ChunkMetadataBuilder:
         max_num_seqs: sequences a step may hold, >= 1.
         num_value_heads: HV on this rank, >= 1; the block size of the cumsum depends on it.
         depth: how many `ChunkMetadata` may be referenced, or their copies in flight, at once. Default: 2.
+        int64_offsets: whether the chunk offsets are wanted as int64, too. Default: they are not.
 
     Attributes:
         ring: the staging ring; `ring.copies` and `ring.waits` count.
@@ -111,6 +115,8 @@ class ChunkMetadataBuilder:
         max_num_seqs: int,
         num_value_heads: int,
         depth: int = 2,
+        *,
+        int64_offsets: bool = False,
     ) -> None:
         if isinstance(device, (str, torch.device)):
             invalid_argument("device", repr(device), f"a Device, such as open_device({str(device)!r})")
@@ -130,7 +136,10 @@ class ChunkMetadataBuilder:
         self._counting = np.arange(max_num_seqs + 1, dtype=np.int32)
         self._sequences = np.tile(np.arange(max_num_seqs + 1), (3, 1))
         self._rows = np.arange(most_pairs) << 32
+        self.int64_offsets = int64_offsets
         capacity = 5 * _aligned(max_num_seqs + 1) + 2 * most_pairs
+        if int64_offsets:
+            capacity += _aligned(2 * (max_num_seqs + 1))
         self.ring = StagingRing(device, capacity, depth)
 
     def build(
@@ -185,7 +194,8 @@ class ChunkMetadataBuilder:
         tables = 4 * vector
         keep = tables + 2 * num_pairs
         has_empty = np.count_nonzero(lens) < N
-        size = keep + vector if has_empty else keep
+        wide = keep + vector if has_empty else keep
+        size = wide + 2 * (N + 1) if self.int64_offsets else wide
 
         def fill(out: np.ndarray) -> None:
             vectors = out[:tables].reshape(4, vector)
@@ -200,7 +210,9 @@ class ChunkMetadataBuilder:
             base = self._sequences[:, : N + 1].ravel() - (first_rows << 32)
             out[tables:keep].view(np.int64)[:] = base.repeat(repeats) + self._rows[:num_pairs]
             if has_empty:
-                out[keep:].view(np.bool_)[:N] = lens > 0
+                out[keep:wide].view(np.bool_)[:N] = lens > 0
+            if self.int64_offsets:
+                out[wide:].view(np.int64)[:] = vectors[1, : N + 1]
 
         lease = self.ring.stage(size, fill)
         buffer = lease.buffer
@@ -214,7 +226,8 @@ class ChunkMetadataBuilder:
             chunk_indices_chunk64=buffer.as_strided((totals[0], 2), (2, 1), tables),
             chunk_indices_large_block=buffer.as_strided((totals[1], 2), (2, 1), second),
             block_indices_cumsum=buffer.as_strided((totals[2], 2), (2, 1), third),
-            keep_meta=buffer[keep:].view(torch.bool)[:N] if has_empty else None,
+            keep_meta=buffer[keep:wide].view(torch.bool)[:N] if has_empty else None,
+            chunk_offsets_int64=buffer[wide:].view(torch.int64) if self.int64_offsets else None,
             num_decodes=num_decodes,
             seq_lens_host=lens,
             block_sizes=self.block_sizes,
