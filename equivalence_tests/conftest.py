@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 from ascend_twin.equivalence_tests import interpreter
 from ascend_twin.equivalence_tests.devices import open_test_device
-from ascend_twin.equivalence_tests.vllm017 import why_unavailable
+from ascend_twin.equivalence_tests.installed_vllm import VERSIONS, why_unavailable
 from ascend_twin.optimized.gdn import IMPLEMENTATIONS
 from ascend_twin.optimized.gdn.device import Device
 from ascend_twin.reference.errors import UnavailableError
@@ -21,6 +21,9 @@ settings.register_profile("nightly", max_examples=2000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+_VLLM_MARKERS = {**{env: (version,) for version, env in VERSIONS.items()}, "vllm": tuple(VERSIONS)}
+"""By marker, the versions of vLLM of which one must be installed."""
+
 _NO_TRITON = pytest.StashKey[str | None]()  # why kernels do not run on the device under test
 
 
@@ -32,7 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """On a CPU the kernels are interpreted, which must be known before Triton is imported."""
-    config.addinivalue_line("markers", "vllm017: needs vLLM 0.17.0, as in the tox environment of that name")
+    for marker, versions in _VLLM_MARKERS.items():
+        config.addinivalue_line("markers", f"{marker}: needs vLLM {' or '.join(versions)}")
     config.stash[_NO_TRITON] = None
     if config.getoption("--device") == "cpu":
         try:
@@ -67,8 +71,9 @@ def device(request: pytest.FixtureRequest) -> Device:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests beside vLLM are skipped where it is not installed."""
-    if item.get_closest_marker("vllm017") and (reason := why_unavailable()):
-        pytest.skip(f"{reason}; the plain scheduler's own tests ran")
+    for marker, versions in _VLLM_MARKERS.items():
+        if item.get_closest_marker(marker) and (reason := why_unavailable(*versions)):
+            pytest.skip(f"{reason}; what needs no vLLM ran")
 
 
 @pytest.fixture(autouse=True)

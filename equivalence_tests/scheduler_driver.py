@@ -123,7 +123,7 @@ class Driver:
             connector=connector,
             structured_output_manager=StandInStructuredOutputManager(),
         )
-        return Lane(made, PagedModel(self.config, asynchronous=self.async_scheduling), connector, deque())
+        return Lane(made, made.model(self.config, asynchronous=self.async_scheduling), connector, deque())
 
     @property
     def first(self) -> Engine:

@@ -18,7 +18,7 @@ from ..scheduler.request import (
 )
 from ..scheduler.upstream import AsyncUpstreamScheduler, UpstreamScheduler
 from ..scheduler.workload import EOS_TOKEN_ID, ImageSpec, RequestSpec, prompt_token_ids
-from .paged_model import KEEP_BLOCKS
+from .paged_model import KEEP_BLOCKS, PagedModel
 from .scheduler_comparison import plain, plain_fields
 
 
@@ -65,9 +65,13 @@ class Engine:
         asynchronous: AsyncScheduler instead of Scheduler.
         clock: gives the time, s.
         connector, structured_output_manager: as the scheduler takes them, or None.
+
+    Attributes:
+        model: the stand-in for a model that can execute what the scheduler puts out.
     """
 
     name = ""
+    model: type[PagedModel] = PagedModel
 
     def __init__(self, scheduler: Any, statuses: Any, pause_states: Any) -> None:
         self.scheduler = scheduler

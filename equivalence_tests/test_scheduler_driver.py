@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ascend_twin.equivalence_tests.installed_vllm import why_unavailable
 from ascend_twin.equivalence_tests.paged_model import OutputOracle
 from ascend_twin.equivalence_tests.scheduler_comparison import SchedulerDifference, first_difference, plain
 from ascend_twin.equivalence_tests.scheduler_driver import Driver, drive, replay
@@ -27,7 +28,7 @@ from ascend_twin.equivalence_tests.scheduler_scenarios import (
     SessionInput,
     Step,
 )
-from ascend_twin.equivalence_tests.vllm017 import VLLMEngine, why_unavailable
+from ascend_twin.equivalence_tests.vllm017 import VERSION, VLLMEngine
 from ascend_twin.reference.errors import InvalidArgumentError, SchedulerStateError, UnavailableError
 from ascend_twin.scheduler.config import SchedulerConfig
 from ascend_twin.scheduler.output import EngineCoreOutput, SchedulerOutput
@@ -448,7 +449,7 @@ def test_scenario_of_a_case_is_loaded(tmp_path: Path) -> None:
     assert Scenario.load(path) == scenario
 
 
-@pytest.mark.skipif(why_unavailable() is None, reason="vllm 0.17.0 is installed")
+@pytest.mark.skipif(why_unavailable(VERSION) is None, reason="vllm 0.17.0 is installed")
 def test_real_engine_says_how_to_get_it_when_vllm_is_not_installed() -> None:
     with pytest.raises(UnavailableError, match="vllm is not installed; run `tox run -e vllm017`"):
         VLLMEngine(CONFIG, asynchronous=False, clock=float)

@@ -1,0 +1,234 @@
+"""The real scheduler of vLLM 0.32.0 as an engine of the differential suite; see real_scheduler.py."""
+
+import functools
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from ..reference.errors import UnavailableError
+from ..scheduler.config import SchedulerConfig
+from .installed_vllm import prepare_import, why_unavailable
+from .paged_model import PagedModel, StandInStructuredOutputManager
+from .real_scheduler import VLLM, RealEngine
+from .scheduler_comparison import plain
+
+VERSION = "0.32.0"
+
+
+@functools.cache
+def load_vllm() -> VLLM:
+    """Import vLLM, without its plugins and its log.
+
+    Raises:
+        UnavailableError: where there is no vLLM, another version, or one that cannot be imported.
+    """
+    if reason := why_unavailable(VERSION):
+        raise UnavailableError(reason)
+    prepare_import()
+    try:
+        vllm = VLLM()
+    except ImportError as error:
+        raise UnavailableError(f"vllm {VERSION} cannot be imported ({error})") from error
+    # A connector is made by name; here it is given.
+    vars(vllm.scheduler)["KVConnectorFactory"] = SimpleNamespace(
+        create_connector=lambda config, **_: config.kv_transfer_config.connector
+    )
+    return vllm
+
+
+class Connector:
+    """The connector of a lane, which v0.17.0 knows, with what 0.32.0 asks a connector for besides.
+
+    Every answer is that of vllm/distributed/kv_transfer/kv_connector/v1/base.py (0.32.0).
+    """
+
+    supports_divergent_local_hybrid_hits = False
+    requires_kv_delivery = False
+
+    def __init__(self, connector: Any) -> None:
+        self._connector = connector
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connector, name)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Nothing is kept."""
+
+    def on_new_request(self, request: Any) -> None:
+        """The stand-in has heard of it before."""
+
+    def has_pending_block_frees(self) -> bool:
+        return False
+
+    def has_pending_push_work(self) -> bool:
+        return False
+
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        return (0,)
+
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[str, int]:
+        return {"stand-in": num_external_tokens} if num_external_tokens else {}
+
+
+class Grammars(StandInStructuredOutputManager):
+    """What the scheduler of 0.32.0 asks about grammars. Source: vllm/v1/structured_output/__init__.py."""
+
+    def accept_tokens(self, request: Any, new_token_ids: list[int]) -> bool:
+        """Advance the request's grammar, if it has one, by tokens that were sampled."""
+        if not request.use_structured_output or not new_token_ids:
+            return True
+        return request.structured_output_request.grammar.accept_tokens(request.request_id, new_token_ids)
+
+    def validate_tokens(self, request: Any, spec_tokens: list[int]) -> list[int]:
+        """The longest prefix that the request's grammar allows; all of it without one."""
+        if not request.use_structured_output:
+            return spec_tokens
+        drafted = spec_tokens[: spec_tokens.index(-1)] if -1 in spec_tokens else spec_tokens
+        return request.structured_output_request.grammar.validate_tokens(drafted)
+
+
+class PaddedModel(PagedModel):
+    """A model that is also asked for drafts that nobody made.
+
+    0.32.0 fills up the first step of a request whose prompt is all but computed with drafts of -1. Here such
+    a draft is a token like any other; as with any other, it is rejected unless the model says the same.
+    """
+
+    def _part(self, running: Any, num_tokens: int, drafts: Sequence[int]) -> Any:
+        if self.asynchronous:
+            running.drafts += [0] * (len(drafts) - len(running.drafts))
+        else:
+            drafts = [max(0, draft) for draft in drafts]
+        return super()._part(running, num_tokens, drafts)
+
+
+class VLLMEngine(RealEngine):
+    """`Scheduler` or `AsyncScheduler` of vLLM 0.32.0; arguments as of `Engine`.
+
+    Raises:
+        UnavailableError: where vLLM 0.32.0 is not to be had.
+    """
+
+    name = "vllm"
+    model = PaddedModel
+
+    def __init__(self, config: SchedulerConfig, *, connector: Any = None, **options: Any) -> None:
+        options["structured_output_manager"] = Grammars()
+        super().__init__(config, connector=connector and Connector(connector), **options)
+
+    def load(self) -> VLLM:
+        return load_vllm()
+
+    def scheduler_block_size(self, config: SchedulerConfig) -> int:
+        """A multiple of the block size of each group; without prefix caching a mamba block is a request long.
+
+        Source: vllm/v1/core/kv_cache_utils.py, resolve_kv_cache_block_sizes.
+        """
+        sizes = {"full_attention": config.block_size, "mamba": config.mamba_block_size}
+        return math.lcm(config.block_size, *(sizes[kind] for kind in config.kv_groups))
+
+    def request_class(self) -> Any:
+        return _request_class()
+
+    def state(self) -> dict[str, Any]:
+        s = self.scheduler
+        return {
+            **super().state(),
+            "kv_holding_waiting": [r.request_id for r in s.kv_holding_waiting],
+            "deferred_waiting": sorted(r.request_id for r in s.deferred_waiting),
+            "inflight_prefills": sorted(r.request_id for r in s._inflight_prefills),
+            "reset_preempted_req_ids": sorted(s.reset_preempted_req_ids),
+            "deferred_frees": [[fence, [b.block_id for b in blocks]] for fence, blocks in s.deferred_frees],
+            "kv_fetch_counts": plain(s._kv_fetch_counts),
+        }
+
+    def vllm_config(self, config: SchedulerConfig, asynchronous: bool) -> SimpleNamespace:
+        num_drafts, method = config.num_spec_tokens, config.spec_method
+        is_eagle, is_draft_model = method == "eagle", method == "draft_model"
+        return SimpleNamespace(
+            scheduler_config=SimpleNamespace(
+                max_num_seqs=config.max_num_seqs,
+                max_num_active_seqs=None,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_scheduled_tokens=None,
+                policy=config.policy,
+                enable_chunked_prefill=config.enable_chunked_prefill,
+                long_prefill_token_threshold=config.long_prefill_token_threshold,
+                long_prefill_token_threshold_adaptive=False,
+                disable_chunked_mm_input=config.disable_chunked_mm_input,
+                async_scheduling=asynchronous,
+                scheduler_reserve_full_isl=True,
+                watermark=0.0,
+                prefill_schedule_interval=1,
+            ),
+            cache_config=SimpleNamespace(
+                num_gpu_blocks=config.num_blocks,
+                block_size=config.block_size,
+                enable_prefix_caching=config.enable_prefix_caching,
+                mamba_cache_mode=config.mamba_cache_mode,
+                enable_mamba_shared_prefix_checkpoint=False,
+            ),
+            model_config=SimpleNamespace(
+                max_model_len=config.max_model_len,
+                is_encoder_decoder=False,
+                is_diffusion=False,
+                runner_type="generate",
+                uses_mrope=False,
+                supports_multimodal_inputs=False,
+                return_sampling_mask=False,
+            ),
+            parallel_config=SimpleNamespace(
+                data_parallel_index=0,
+                decode_context_parallel_size=1,
+                prefill_context_parallel_size=1,
+                pipeline_parallel_size=1,
+            ),
+            observability_config=SimpleNamespace(
+                kv_cache_metrics=False,
+                enable_mfu_metrics=False,
+                enable_logging_iteration_details=False,
+                per_request_spec_decode_metrics="detailed" if num_drafts else "none",
+            ),
+            lora_config=None if config.max_loras is None else SimpleNamespace(max_loras=config.max_loras),
+            speculative_config=SimpleNamespace(
+                num_speculative_tokens=num_drafts,
+                num_speculative_tokens_per_batch_size=None,
+                max_num_new_slots_for_drafting=int(is_draft_model),
+                use_eagle=lambda: is_eagle,
+                use_eagle_block_drop=lambda: is_eagle,
+            )
+            if num_drafts
+            else None,
+            kv_transfer_config=self.connector
+            and SimpleNamespace(
+                connector=self.connector,
+                kv_load_failure_policy=config.kv_load_failure_policy,
+                kv_role="kv_both",
+                is_kv_consumer=True,
+                is_kv_producer=True,
+            ),
+            kv_events_config=None,
+            ec_transfer_config=None,
+            ec_manager_config=SimpleNamespace(get_encoder_cache_manager_obj=lambda: None),
+            aux_output_config=SimpleNamespace(enabled=False),
+            is_mm_encoder_only=False,
+            max_concurrent_batches=2 if asynchronous else 1,
+            max_in_flight_tokens=(1 + asynchronous) * config.max_num_batched_tokens,
+            num_speculative_tokens=num_drafts,
+            num_lookahead_tokens=num_drafts if is_eagle or is_draft_model else 0,
+            num_prefill_lookahead_tokens=int(num_drafts > 0 and is_eagle),
+            use_v2_model_runner=False,  # the stand-in for the model is told what the older runner is
+        )
+
+
+@functools.cache
+def _request_class() -> Any:
+    """vLLM's Request, with a name that 0.17.0 had for what is in its statistics now."""
+
+    class Request(load_vllm().request.Request):
+        @property
+        def num_external_computed_tokens(self) -> int:
+            return self.prefill_stats.num_external_cached_tokens if self.prefill_stats else 0
+
+    return Request
