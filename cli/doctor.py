@@ -2,13 +2,20 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import typer
 
+from ..equivalence_tests.installed_vllm import version
 from ..equivalence_tests.run_on_device import versions, why_unusable
+from ..optimized.vllm.plugin import TESTED_VERSIONS
+from ..reference.errors import InvalidArgumentError
 
 DEVICES = ("cpu", "cuda", "npu")
+PLUGIN_TIMEOUT = 180  # s; vLLM takes some ten to be imported
 
 
 def examine() -> dict[str, Any]:
@@ -17,7 +24,9 @@ def examine() -> dict[str, Any]:
     Returns:
         `{"versions": {name: version}, "devices": {name: reason}, "implementations": [{"name", "summary",
         "devices": {name: reason}}], "schedulers": {name: reason}}`; a reason is why something cannot run,
-        None if it can. Without a torch that works there are neither implementations nor schedulers.
+        None if it can. Without a torch that works there are neither implementations nor schedulers. And
+        `"vllm_plugin": {"vllm": version or None, "tested": [version], "not_loaded": reason, "balance": str,
+        "concerns": {what is done to vLLM: why it is off}}`.
     """
     devices = {name: why_unusable(name) for name in DEVICES}
     return {
@@ -25,6 +34,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "implementations": _implementations(devices),
         "schedulers": _schedulers(devices),
+        "vllm_plugin": _plugin(devices),
     }
 
 
@@ -54,9 +64,61 @@ def _implementations(devices: dict[str, str | None]) -> list[dict[str, Any]]:
 def _schedulers(devices: dict[str, str | None]) -> dict[str, str | None]:
     if devices["cpu"] is not None:
         return {}
-    from ..equivalence_tests.vllm017 import why_unavailable
+    from ..equivalence_tests.installed_vllm import why_unavailable
 
-    return {"plain": None, "vllm": why_unavailable()}
+    return {"plain": None, "vllm": why_unavailable("0.17.0")}
+
+
+def _plugin(devices: dict[str, str | None]) -> dict[str, Any]:
+    """The plugin as vLLM would find it in this environment."""
+    found: dict[str, Any] = {
+        "vllm": version(),
+        "tested": list(TESTED_VERSIONS),
+        "not_loaded": None,
+        "balance": "",
+        "concerns": {},
+    }
+    if found["vllm"] is None or devices["cpu"] is not None:
+        found["not_loaded"] = "torch does not work here" if found["vllm"] else "vllm is not installed"
+        return found
+    found["balance"] = _balance()
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "ascend_twin" not in allowed.split(","):
+        found["not_loaded"] = f"VLLM_PLUGINS is {allowed!r} and does not name ascend_twin"
+    # In a process of its own: vLLM may fail in many ways, and writes its log to stdout.
+    command = [sys.executable, "-m", "ascend_twin.optimized.vllm.plugin"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=PLUGIN_TIMEOUT, check=True)
+        found["concerns"] = json.loads(run.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        found["not_loaded"] = f"vllm was not imported within {PLUGIN_TIMEOUT} s"
+    except subprocess.CalledProcessError as error:
+        found["not_loaded"] = (error.stderr.strip().splitlines() or ["vllm cannot be imported"])[-1]
+    return found
+
+
+def _balance() -> str:
+    """What the environment says of balance scheduling."""
+    from ..optimized.vllm.settings import BALANCE_VARIABLE, read_settings
+
+    try:
+        settings = read_settings(None)
+    except InvalidArgumentError as error:
+        return str(error)
+    if settings.balance:
+        return f"on, by {BALANCE_VARIABLE}, policy {settings.policy}"
+    return "off unless --scheduler-cls or --additional-config switches it on"
+
+
+def _plugin_lines(plugin: dict[str, Any]) -> list[str]:
+    lines = ["", f"vLLM plugin (tested with vLLM {' and '.join(plugin['tested'])})"]
+    if not plugin["balance"]:
+        return [*lines, f"  {plugin['not_loaded']}"]
+    lines.append(f"  vLLM {plugin['vllm']}: {plugin['not_loaded'] or 'loads the plugin'}")
+    lines += [
+        f"  {concern}: {'off: ' + off if off else 'in place'}" for concern, off in plugin["concerns"].items()
+    ]
+    return [*lines, f"  balance scheduling: {plugin['balance']}"]
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -76,7 +138,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for name, reason in found["schedulers"].items():
         command = "ascend-twin verify --suite scheduler" + (" --against vllm" if name == "vllm" else "")
         lines.append(f"  {name:<14} {_verdict(reason)}{'' if reason else ': ' + command}")
-    return lines
+    return lines + _plugin_lines(found["vllm_plugin"])
 
 
 def _verdict(reason: str | None) -> str:

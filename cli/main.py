@@ -232,7 +232,7 @@ def _refuse_options_without_effect(ctx: typer.Context, suite: str) -> None:
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What can run on this machine, and what cannot, and why: versions, devices, implementations.
+    """What can run on this machine, and what cannot, and why: versions, devices, implementations, plugin.
 
     Exit status 0, whatever it finds.
     """

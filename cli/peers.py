@@ -13,12 +13,14 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
+from ..equivalence_tests import vllm_batches
+from ..optimized.vllm import gdn_metadata
 from ..reference.errors import UnavailableError
 
 # The loader reaches into this release's private functions, and every figure names it.
@@ -83,14 +85,7 @@ def load_vllm_ascend_builder(
         ),
     )
     cpu = torch.device("cpu")
-    upstream._ensure_chunk_meta_state(builder, cpu)
-    # For a CPU the line above makes no pool, and upstream's own allocation asks for pinned memory,
-    # which needs an accelerator. The pool and the device's type are state of the builder: given
-    # here, they send the unchanged build down its NPU route.
-    builder._ascend_gdn_chunked_prefill_pool = [
-        _host_slot(upstream, max_num_batched_tokens, max_num_seqs) for _ in range(2)
-    ]
-    builder._ascend_gdn_chunk_meta_device = SimpleNamespace(type="host stand-in")
+    _take_npu_route(upstream, builder)
     attn_metadata = SimpleNamespace(num_prefills=1)
 
     def build(query_start_loc: torch.Tensor) -> object:
@@ -102,6 +97,59 @@ def load_vllm_ascend_builder(
         return upstream._build_non_spec_chunked_prefill_meta(builder, non_spec_query_start_loc)
 
     return build
+
+
+def load_metadata_builders(
+    step: vllm_batches.Step, *, num_value_heads: int, is_vllm_included: bool
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Load vLLM 0.17.0's own metadata builder, with our chunk metadata and with vllm-ascend's.
+
+    That of vllm-ascend takes the route of `load_vllm_ascend_builder`, and of ours the two buffers are
+    ordinary memory, too. Loading it replaces `build` in this process as said there; ours does not run it.
+
+    Args:
+        step: what is built, again and again; both builders have just the capacity for it.
+        num_value_heads: value heads of one rank (HV), >= 1.
+        is_vllm_included: whether vLLM's own part of a build is done; otherwise both get what it made of the
+            step once before, so that a call does what each adds.
+
+    Returns:
+        Ours and vllm-ascend's, each a call that returns vLLM's GDNAttentionMetadata with
+        `non_spec_chunked_prefill_meta`.
+
+    Raises:
+        UnavailableError: as `load_vllm_ascend_builder`, or when the installed vLLM is not 0.17.0.
+
+    Source: vllm-ascend 0.18.0, vllm_ascend/patch/worker/patch_gdn_attn.py.
+    """
+    upstream = _vllm_ascend_metadata_module()
+    gdn_attn = upstream.gdn_attn
+    config = vllm_batches.vllm_config(
+        num_value_heads=num_value_heads,
+        max_num_batched_tokens=step.num_tokens,
+        max_num_seqs=len(step.rows),
+    )
+    common = vllm_batches.common_attn_metadata(step, "0.17.0")
+
+    plain = gdn_attn.GDNAttentionMetadataBuilder
+    vllms_part = upstream._ORIGINAL_BUILD
+    if not is_vllm_included:
+        made = vllms_part(vllm_batches.make_builder(plain, config), 0, common)
+
+        def vllms_part(*args: Any, **kwargs: Any) -> Any:
+            return made
+
+    # The same code as upstream's, with another value of the one global that it calls for vLLM's part.
+    patched = FunctionType(
+        upstream._patched_build.__code__,
+        {**vars(upstream), "_ORIGINAL_BUILD": vllms_part},
+        argdefs=upstream._patched_build.__defaults__,
+    )
+    patched_class = type("PatchedBuilder", (plain,), {"build": patched})
+    our_class = gdn_metadata.prebuilding(patched_class, gdn_attn.GDNAttentionMetadata)
+    ours, peer = (vllm_batches.make_builder(c, config) for c in (our_class, patched_class))
+    _take_npu_route(upstream, peer)
+    return lambda: ours.build(0, common), lambda: peer.build(0, common)
 
 
 def count_vllm_ascend_copies(build: Callable[[torch.Tensor], object], query_start_loc: torch.Tensor) -> int:
@@ -182,7 +230,17 @@ def load_fla_chunk_gated_delta_rule() -> Callable[..., tuple[torch.Tensor, torch
 
 @functools.cache  # a second load would wrap the builder that the first one already patched
 def _vllm_ascend_metadata_module() -> ModuleType:
-    """vllm-ascend's metadata patch, loaded by file: its package does not import without an NPU."""
+    return load_vllm_ascend_patch()
+
+
+def load_vllm_ascend_patch() -> ModuleType:
+    """Execute vllm-ascend's metadata patch by file: its package does not import without an NPU.
+
+    It replaces `build` of vLLM's GDN metadata builder.
+
+    Raises:
+        UnavailableError: as `load_vllm_ascend_builder`.
+    """
     # Finding a top-level package does not import it.
     package = importlib.util.find_spec("vllm_ascend")
     if package is None or not package.submodule_search_locations:
@@ -208,6 +266,20 @@ def _load_file(name: str, path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _take_npu_route(upstream: ModuleType, builder: Any) -> None:
+    """Have vllm-ascend's unchanged build go the way it goes on an NPU, with slots in ordinary memory.
+
+    For a CPU it makes no pool, and its own allocation asks for pinned memory, which needs an accelerator. The
+    pool and the device's type are state of the builder.
+    """
+    upstream._ensure_chunk_meta_state(builder, torch.device("cpu"))
+    scheduler = builder.vllm_config.scheduler_config
+    builder._ascend_gdn_chunked_prefill_pool = [
+        _host_slot(upstream, scheduler.max_num_batched_tokens, scheduler.max_num_seqs) for _ in range(2)
+    ]
+    builder._ascend_gdn_chunk_meta_device = SimpleNamespace(type="host stand-in")
 
 
 def _host_slot(upstream: ModuleType, max_num_batched_tokens: int, max_num_seqs: int) -> object:

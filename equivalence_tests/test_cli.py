@@ -424,6 +424,7 @@ def test_doctor_says_what_can_run_and_why_not(monkeypatch: pytest.MonkeyPatch) -
     assert status == 0
     found = json.loads(output)
     assert found["devices"] == reasons
+    assert found["vllm_plugin"]["tested"] == ["0.17.0", "0.32.0"]
     assert [i["name"] for i in found["implementations"]] == list(IMPLEMENTATIONS)
 
 

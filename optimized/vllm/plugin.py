@@ -1,0 +1,75 @@
+# pyright: reportMissingImports=false
+"""What vLLM calls in each of its processes: puts each concern in place, and says which could not be.
+
+Registered as the entry point `ascend_twin` of `vllm.general_plugins`. Run as a module, it imports vLLM and
+prints `status()` as its last line, in JSON.
+"""
+
+import importlib
+import json
+import logging
+import multiprocessing
+from importlib import metadata
+
+TESTED_VERSIONS = ("0.17.0", "0.32.0")
+
+CONCERNS = {
+    "balance scheduling: closing admission": "admission_gate",
+    "balance scheduling: gather in the engine": "engine_hook",
+    "balance scheduling: choice without --scheduler-cls": "scheduler_choice",
+    "balance scheduling: metrics": "balance_metrics",
+    "GDN metadata": "gdn_metadata",
+    "GDN layer": "gdn_layer",
+}
+"""What is done to vLLM, and the module here whose `install()` does it."""
+
+BY_OPTION = ("GDN layer",)
+"""Concerns that change nothing unless an option asks for them: who does not is not told that they are off."""
+
+_status: dict[str, str | None] = {}
+
+
+def register() -> None:
+    """Install every concern; one warning names those that the installed vLLM does not allow.
+
+    vLLM runs without these as if the plugin were not there. Calling it again does nothing.
+    """
+    if _status:
+        return
+    for concern, module in CONCERNS.items():
+        _status[concern] = _why_off(module)
+    off = [
+        f"{concern} ({reason})" for concern, reason in _status.items() if reason and concern not in BY_OPTION
+    ]
+    if off and multiprocessing.parent_process() is None:  # the processes that it starts would repeat it
+        logging.getLogger(f"vllm.{__name__}").warning(
+            "ascend-twin is tested with vLLM %s; with this one, %s, off: %s",
+            " and ".join(TESTED_VERSIONS),
+            vllm_version(),
+            "; ".join(off),
+        )
+
+
+def status() -> dict[str, str | None]:
+    """Why each concern is off, None for those in place; empty before `register()`."""
+    return dict(_status)
+
+
+def vllm_version() -> str:
+    """The version of the installed vLLM, whatever the distribution is called."""
+    names = metadata.packages_distributions().get("vllm", ())
+    return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names))) or "not installed"
+
+
+def _why_off(module: str) -> str | None:
+    """Install one concern. Whatever goes wrong in looking at an unknown vLLM, that must run."""
+    try:
+        importlib.import_module(f".{module}", __package__).install()
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+if __name__ == "__main__":
+    register()
+    print(json.dumps(status()))
