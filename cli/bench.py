@@ -43,16 +43,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ..equivalence_tests import installed_vllm
 from ..equivalence_tests.cases import EquivalenceError
 from ..equivalence_tests.compare import compare_o, compare_state
 from ..equivalence_tests.paged_model import StandInStructuredOutputManager
+from ..equivalence_tests.real_scheduler import RealEngine
 from ..equivalence_tests.run_on_device import versions
 from ..equivalence_tests.scheduler_engines import Engine, OurEngine, RequestInput
 from ..equivalence_tests.tolerances import Errors, limit
 from ..equivalence_tests.vllm017 import VLLMEngine
+from ..equivalence_tests.vllm_balance import real_engine
+from ..equivalence_tests.vllm_batches import Row, Step
 from ..optimized.gdn import ChunkMetadata, ChunkMetadataBuilder, open_device
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
 from ..optimized.gdn.device import Device
+from ..optimized.vllm.plugin import register
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule, metadata
 from ..scheduler.admission import AnyRankAtCap
@@ -65,6 +70,7 @@ from .peers import (
     FLA_VERSION,
     count_vllm_ascend_copies,
     load_fla_chunk_gated_delta_rule,
+    load_metadata_builders,
     load_transformers_chunk_gated_delta_rule,
     load_vllm_ascend_builder,
 )
@@ -342,6 +348,23 @@ def _metadata_contest(num_seqs: int, peer: str) -> Contest:
     return Contest(f"metadata, {num_seqs} x {num_tokens // num_seqs} tokens, against {peer}", start)
 
 
+def _real_builder_contest(num_seqs: int, *, is_vllm_included: bool) -> Contest:
+    """Chunk metadata within vLLM's own metadata builder: a whole step, or what each adds to vLLM's part."""
+    num_tokens = 32768
+
+    def start() -> Pair:
+        rows = (Row(n, is_prefilling=True) for n in _seq_lens(num_seqs, num_tokens))
+        ours, peer = load_metadata_builders(
+            Step(tuple(rows)), num_value_heads=HV, is_vllm_included=is_vllm_included
+        )
+        _check_same_tables(*(call().non_spec_chunked_prefill_meta for call in (ours, peer)))
+        return Pair("prebuilt", ours, "vllm-ascend 0.18.0", peer)
+
+    what = "whole build" if is_vllm_included else "what is added"
+    name = f"metadata in vLLM's builder, {what}, {num_seqs} x {num_tokens // num_seqs} tokens"
+    return Contest(f"{name}, against vllm-ascend", start)
+
+
 def _check_same_tables(ours: ChunkMetadata, peers: Any) -> None:
     """Raise unless both built the same tables: what is timed must be the same work."""
     for name in (f.name for f in dataclasses.fields(peers) if not f.name.startswith("_")):
@@ -440,22 +463,58 @@ def _policy_contest(num_running: int) -> Contest:
     """What a policy adds to `schedule()`; gather and decision are between calls."""
 
     def start() -> Pair:
-        ours, peer = _ScheduledDecodes(_BalanceEngine, num_running), _ScheduledDecodes(OurEngine, num_running)
-
-        def settle() -> None:
-            ours.settle()
-            _gather([ours])
-
+        ours = _ScheduledDecodes(_BalanceEngine, num_running, is_gathering=True)
+        peer = _ScheduledDecodes(OurEngine, num_running)
         return Pair(
             "with any_rank_at_cap",
             ours.schedule,
             "without",
             peer.schedule,
-            our_settle=settle,
+            our_settle=ours.settle,
             peer_settle=peer.settle,
         )
 
     return Contest(f"policy in schedule(), {num_running} running requests, against none", start)
+
+
+def _plugin_contest(num_running: int) -> Contest:
+    """What the plugin adds to `schedule()` of the installed vLLM; gather and decision are between calls."""
+
+    def start() -> Pair:
+        plain = real_engine()
+        ours = _ScheduledDecodes(_plugin_engine(plain), num_running, is_gathering=True)
+        peer = _ScheduledDecodes(plain, num_running)
+        name = f"vLLM {installed_vllm.version()}"
+        return Pair(
+            f"{name} with the plugin",
+            ours.schedule,
+            name,
+            peer.schedule,
+            our_settle=ours.settle,
+            peer_settle=peer.settle,
+        )
+
+    return Contest(f"plugin in schedule(), {num_running} running requests, against plain vLLM", start)
+
+
+def _plugin_engine(plain: type[RealEngine]) -> Callable[..., Engine]:
+    """The plugin's scheduler, as the first of `BALANCE_DP_SIZE` ranks."""
+    installed_vllm.prepare_import()
+    register()
+    from ..optimized.vllm import BalanceScheduler
+
+    class PluginEngine(plain):
+        def vllm_config(self, config: SchedulerConfig, asynchronous: bool) -> Any:
+            made = super().vllm_config(config, asynchronous)
+            made.parallel_config.data_parallel_size = BALANCE_DP_SIZE
+            made.parallel_config.data_parallel_rank = 0
+            made.additional_config = {"ascend_twin": {"balance": True}}
+            return made
+
+        def make_scheduler(self, asynchronous: bool, **arguments: Any) -> Any:
+            return BalanceScheduler(**arguments)
+
+    return PluginEngine
 
 
 def _gather_contest(num_running: int) -> Contest:
@@ -499,10 +558,16 @@ class _BalanceEngine(OurEngine):
 
 
 class _ScheduledDecodes:
-    """A scheduler with running requests, which start anew before they get long."""
+    """A scheduler with running requests, which start anew before they get long.
 
-    def __init__(self, engine: Callable[..., Engine], num_running: int) -> None:
+    With `is_gathering`, it gathers after each step, the other ranks contributing what it does.
+    """
+
+    def __init__(
+        self, engine: Callable[..., Engine], num_running: int, *, is_gathering: bool = False
+    ) -> None:
         self.num_running = num_running
+        self.is_gathering = is_gathering
         config = SchedulerConfig(
             num_blocks=2 * num_running * MOST_DECODED_TOKENS // 16,
             max_model_len=2 * MOST_DECODED_TOKENS,
@@ -533,6 +598,8 @@ class _ScheduledDecodes:
     def settle(self) -> None:
         req_ids = list(self.output.num_scheduled_tokens)
         self.engine.update_from_output(self.output, ModelRunnerOutput(req_ids, [[1] for _ in req_ids]))
+        if self.is_gathering:
+            _gather([self])
         if self.engine.scheduler.running[0].num_tokens == MOST_DECODED_TOKENS:
             self.engine.abort(None)
             self._start()
@@ -543,6 +610,11 @@ CONTESTS = (
         _metadata_contest(num_seqs, peer)
         for num_seqs in (1, 64, 256)
         for peer in ("reference loops", "vllm-ascend")
+    ),
+    *(
+        _real_builder_contest(num_seqs, is_vllm_included=is_vllm_included)
+        for num_seqs in (64, 256)
+        for is_vllm_included in (True, False)
     ),
     Contest("chunked reference, 1 sequence of 1024 tokens, against transformers", _start_reference),
     *(
@@ -556,6 +628,7 @@ CONTESTS = (
     ),
     *(_schedule_contest(num_running) for num_running in (64, 256)),
     _policy_contest(64),
+    *(_plugin_contest(num_running) for num_running in (64, 256)),
     _gather_contest(64),
 )
 
