@@ -180,7 +180,9 @@ class StubExecutor(Executor):
         if folder := os.environ.get(REPORTS_VARIABLE):
             steps = {"batches": self.num_batches, "dummies": self.num_dummies}
             name = f"rank{self.parallel_config.data_parallel_rank}.json"
-            (Path(folder) / name).write_text(json.dumps(steps))
+            written = Path(folder) / f"{name}.new"
+            written.write_text(json.dumps(steps))
+            written.replace(Path(folder) / name)  # whoever reads it meanwhile reads all of it
 
     def _note(self, scheduler_output: Any) -> None:
         new = scheduler_output.scheduled_new_reqs
