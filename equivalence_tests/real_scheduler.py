@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from ..reference.errors import UnavailableError
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.output import DraftTokenIds, ModelRunnerOutput
 from ..scheduler.workload import ImageSpec, RequestSpec
+from .installed_vllm import prepare_import, why_unavailable
 from .scheduler_comparison import plain
 from .scheduler_engines import Engine, RequestInput
 
@@ -65,6 +67,21 @@ class VLLM:
 
 
 _module: Callable[[str], Any] = importlib.import_module
+
+
+def import_vllm(version: str) -> VLLM:
+    """Import vLLM, without its plugins and its log.
+
+    Raises:
+        UnavailableError: where there is no vLLM, another version, or one that cannot be imported.
+    """
+    if reason := why_unavailable(version):
+        raise UnavailableError(reason)
+    prepare_import()
+    try:
+        return VLLM()
+    except ImportError as error:
+        raise UnavailableError(f"vllm {version} cannot be imported ({error})") from error
 
 
 class RealEngine(Engine):

@@ -46,6 +46,7 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
         "running_lora_adapters": {},
         "cudagraph_stats": None,
         "perf_stats": None,
+        "ascend_twin_balance": None,  # added by the plugin, once it has been registered in this process
     },
     "Request": {
         "pooling_params": None,

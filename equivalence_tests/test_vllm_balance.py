@@ -37,7 +37,7 @@ from ascend_twin.scheduler.admission import POLICIES, RankCounts
 
 pytestmark = pytest.mark.vllm
 
-NUM_STEPS = {"dev": 500, "ci": 1_500, "nightly": 50_000}
+NUM_STEPS = {"dev": 1_500, "ci": 1_500, "nightly": 50_000}
 """Of random runs of one test, by Hypothesis profile."""
 
 NUM_STEPS_WITH_ALL = {"dev": 20_000, "ci": 20_000, "nightly": 200_000}

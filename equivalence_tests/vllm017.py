@@ -4,28 +4,16 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
-from ..reference.errors import UnavailableError
 from ..scheduler.config import SchedulerConfig
-from .installed_vllm import prepare_import, why_unavailable
-from .real_scheduler import VLLM, RealEngine
+from .real_scheduler import VLLM, RealEngine, import_vllm
 
 VERSION = "0.17.0"
 
 
 @functools.cache
 def load_vllm() -> VLLM:
-    """Import vLLM, without its plugins and its log.
-
-    Raises:
-        UnavailableError: where there is no vLLM, another version, or one that cannot be imported.
-    """
-    if reason := why_unavailable(VERSION):
-        raise UnavailableError(reason)
-    prepare_import()
-    try:
-        return VLLM()
-    except ImportError as error:
-        raise UnavailableError(f"vllm cannot be imported ({error})") from error
+    """vLLM 0.17.0, as `import_vllm`."""
+    return import_vllm(VERSION)
 
 
 class VLLMEngine(RealEngine):

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ..reference.errors import UnavailableError
 from ..scheduler.config import SchedulerConfig
-from .installed_vllm import prepare_import, why_unavailable
 from .paged_model import PagedModel, StandInStructuredOutputManager
-from .real_scheduler import VLLM, RealEngine
+from .real_scheduler import VLLM, RealEngine, import_vllm
 from .scheduler_comparison import plain
 
 VERSION = "0.32.0"
@@ -18,18 +16,8 @@ VERSION = "0.32.0"
 
 @functools.cache
 def load_vllm() -> VLLM:
-    """Import vLLM, without its plugins and its log.
-
-    Raises:
-        UnavailableError: where there is no vLLM, another version, or one that cannot be imported.
-    """
-    if reason := why_unavailable(VERSION):
-        raise UnavailableError(reason)
-    prepare_import()
-    try:
-        vllm = VLLM()
-    except ImportError as error:
-        raise UnavailableError(f"vllm {VERSION} cannot be imported ({error})") from error
+    """vLLM 0.32.0, as `import_vllm`, with connectors that are handed over."""
+    vllm = import_vllm(VERSION)
     # A connector is made by name; here it is given.
     vars(vllm.scheduler)["KVConnectorFactory"] = SimpleNamespace(
         create_connector=lambda config, **_: config.kv_transfer_config.connector
