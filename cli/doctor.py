@@ -115,9 +115,8 @@ def _plugin_lines(plugin: dict[str, Any]) -> list[str]:
     if not plugin["balance"]:
         return [*lines, f"  {plugin['not_loaded']}"]
     lines.append(f"  vLLM {plugin['vllm']}: {plugin['not_loaded'] or 'loads the plugin'}")
-    lines += [
-        f"  {concern}: {'off: ' + off if off else 'in place'}" for concern, off in plugin["concerns"].items()
-    ]
+    good = "would be in place" if plugin["not_loaded"] else "in place"
+    lines += [f"  {concern}: {'off: ' + off if off else good}" for concern, off in plugin["concerns"].items()]
     return [*lines, f"  balance scheduling: {plugin['balance']}"]
 
 

@@ -146,7 +146,7 @@ def load_metadata_builders(
         argdefs=upstream._patched_build.__defaults__,
     )
     patched_class = type("PatchedBuilder", (plain,), {"build": patched})
-    our_class = gdn_metadata.prebuilding(patched_class, gdn_attn.GDNAttentionMetadata)
+    our_class = gdn_metadata.prebuilding(patched_class, gdn_attn.GDNAttentionMetadata)(patched_class)
     ours, peer = (vllm_batches.make_builder(c, config) for c in (our_class, patched_class))
     _take_npu_route(upstream, peer)
     return lambda: ours.build(0, common), lambda: peer.build(0, common)

@@ -43,7 +43,14 @@ def modules() -> SimpleNamespace:
         "stats": "vllm.v1.metrics.stats",
         **{
             name: f"ascend_twin.optimized.vllm.{name}"
-            for name in ("admission_gate", "balance", "balance_metrics", "engine_hook", "scheduler_choice")
+            for name in (
+                "admission_gate",
+                "balance",
+                "balance_metrics",
+                "engine_hook",
+                "refusals",
+                "scheduler_choice",
+            )
         },
     }
     return SimpleNamespace(**{name: importlib.import_module(path) for name, path in names.items()})
@@ -104,6 +111,24 @@ def test_a_tested_vllm_gets_no_warning(tmp_path: Path) -> None:
     )
     assert "loaded" in run.stdout, run.stderr
     assert "ascend-twin is tested" not in run.stdout + run.stderr
+
+
+def test_registering_asks_no_device(tmp_path: Path) -> None:
+    """These modules of vLLM do, when they are imported; a process that did cannot be forked."""
+    code = (
+        "import vllm.plugins, sys; vllm.plugins.load_general_plugins(); "
+        "from ascend_twin.optimized.vllm import plugin; assert plugin.status(); "
+        "print([name for name in sys.modules if 'flash_linear_attention' in name or 'gdn_linear' in name])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=child_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.stdout.splitlines()[-1:] == ["[]"], run.stdout + run.stderr
 
 
 def test_doctor_tells_what_is_active(tmp_path: Path) -> None:
@@ -186,7 +211,7 @@ def test_the_variable_is_left_to_vllm_ascend_where_it_has_taken_over(
     arguments = SimpleNamespace(additional_config={}, scheduler_cls=None)
     assert not modules.scheduler_choice.choose(arguments)
     with pytest.raises(UnavailableError, match="vllm-ascend's own balance scheduling is active: unset"):
-        modules.balance.refuse_what_cannot_be_served(configuration())
+        modules.refusals.refuse_what_cannot_be_served(configuration())
 
 
 def test_engine_arguments_make_the_choice(
@@ -209,6 +234,16 @@ def test_engine_arguments_make_the_choice(
     assert off.scheduler_config.scheduler_cls is None
     with pytest.raises(InvalidArgumentError, match="policy is 'best'; allowed: one of open_gate"):
         config(additional_config={"ascend_twin": {"balance": {"policy": "best"}}})
+    near_cap = {"ascend_twin": {"balance": {"policy": "any_rank_near_cap"}}}
+    with pytest.raises(InvalidArgumentError, match=r"^--max-num-seqs 1, balance policy any_rank_near_cap"):
+        config(additional_config=near_cap, max_num_seqs=1)
+    with pytest.raises(InvalidArgumentError, match=r'\["balance"\] is false; allowed: true with this'):
+        config(additional_config={"ascend_twin": {"balance": False}}, scheduler_cls=OURS)
+    if version() != NO_GDN_LAYER:
+        with pytest.raises(
+            InvalidArgumentError, match=r"is 'eager'; allowed: none with .*model, which has no"
+        ):
+            config(additional_config={"ascend_twin": {"gdn": {"core": "eager"}}})
 
 
 def test_what_is_asked_for_and_cannot_be_had_is_refused(modules: SimpleNamespace) -> None:
@@ -228,7 +263,7 @@ def configuration(**changed: Any) -> SimpleNamespace:
     """What is looked at of a VllmConfig, with `part__name=value` changed."""
     parts: dict[str, Any] = {
         "parallel_config": SimpleNamespace(data_parallel_size=2, data_parallel_rank=0),
-        "scheduler_config": SimpleNamespace(async_scheduling=False),
+        "scheduler_config": SimpleNamespace(async_scheduling=False, max_num_seqs=8),
         "model_config": SimpleNamespace(),
         "kv_transfer_config": None,
         "additional_config": {},
@@ -243,6 +278,7 @@ def configuration(**changed: Any) -> SimpleNamespace:
     ("changed", "said"),
     [
         ({"parallel_config__enable_elastic_ep": True}, "^enable_elastic_ep is True"),
+        ({"parallel_config__enable_fault_tolerance": True}, "^enable_fault_tolerance is True"),
         (
             {"scheduler_config__prefill_schedule_interval": 4},
             "^prefill_schedule_interval is 4.*cadence:interval=4",
@@ -255,7 +291,7 @@ def configuration(**changed: Any) -> SimpleNamespace:
 def test_what_cannot_be_served_is_refused_by_name(
     modules: SimpleNamespace, changed: dict[str, Any], said: str
 ) -> None:
-    modules.balance.refuse_what_cannot_be_served(configuration())
+    modules.refusals.refuse_what_cannot_be_served(configuration())
     with pytest.raises(InvalidArgumentError, match=said):
         modules.balance.BalanceScheduler(configuration(**changed))
 
@@ -269,14 +305,14 @@ def test_several_ranks_without_the_hook_are_refused(
         UnavailableError, match=r"data_parallel_size = 2 needs the plugin ascend_twin.*VLLM_PLUGINS"
     ):
         modules.balance.BalanceScheduler(configuration())
-    modules.balance.refuse_what_cannot_be_served(configuration(parallel_config__data_parallel_size=1))
+    modules.refusals.refuse_what_cannot_be_served(configuration(parallel_config__data_parallel_size=1))
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"balance": False}, r'\["balance"\] is false; allowed: true with this --scheduler-cls'),
-        ({"balance": {"policy": "any"}}, "^policy is 'any'"),
+        ({"balance": {"policy": "any"}}, r'\["policy"\]: policy is .any.'),
     ],
 )
 def test_settings_are_read_before_anything_is_made(
@@ -300,7 +336,8 @@ class Engine:
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch, modules: SimpleNamespace) -> Any:
-    monkeypatch.setattr(modules.engine_hook, "_SHORTEST_WAIT", timedelta(seconds=0.2))
+    monkeypatch.setattr(modules.engine_hook, "_QUIET_WAIT", timedelta(seconds=0.1))
+    monkeypatch.setattr(modules.engine_hook, "_LONGEST_WAIT", timedelta(seconds=0.2))
     return torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -322,9 +359,17 @@ def test_ranks_that_are_not_balanced_alike_are_refused(
     )
 
 
-def test_a_rank_without_the_plugin_is_named(modules: SimpleNamespace, store: Any) -> None:
-    with pytest.raises(LockstepError, match=r"rank 1 has not said within 0:00:00\.2"):
+def test_a_rank_without_the_plugin_is_named(
+    modules: SimpleNamespace, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        modules.engine_hook._logger, "warning", lambda text, *values: said.append(text % values)
+    )
+    with pytest.raises(LockstepError, match=r"within 0:00:00\.2\d* how rank 1 is balanced: is the plugin"):
         modules.engine_hook._agree(Engine(store, 0, SimpleNamespace(dp_size=2)), "AnyRankAtCap(4)")
+    assert len(said) == 1
+    assert "how rank 1 is balanced" in said[0]
 
 
 def test_an_engine_without_balance_scheduling_gathers_nothing(modules: SimpleNamespace, store: Any) -> None:

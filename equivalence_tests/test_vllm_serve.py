@@ -74,12 +74,14 @@ def test_serve_balances_when_the_variable_is_1(tmp_path: Path) -> None:
     assert not server.leftover
 
 
+@pytest.mark.vllm032  # each takes most of a minute; the way of the choice is the same in 0.17.0
 def test_serve_balances_with_our_scheduler_class(tmp_path: Path) -> None:
     with Server(tmp_path, "--scheduler-cls", SCHEDULER, "--api-server-count", "1") as server:
         _check_balanced(server, tmp_path)
     assert not server.leftover
 
 
+@pytest.mark.vllm032
 def test_serve_does_not_balance_when_the_variable_is_0(tmp_path: Path) -> None:
     with Server(tmp_path, "--data-parallel-size", "1", environment={VARIABLE: "0"}) as server:
         _completions(server, 1)

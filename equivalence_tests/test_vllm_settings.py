@@ -63,10 +63,14 @@ def test_gdn_options() -> None:
     ("given", "said"),
     [
         (ours(balanced=True), r"^a key of .*ascend_twin.* is 'balanced'; allowed: one of balance, gdn$"),
-        (ours(balance="1"), r"\[\"balance\"\] is '1'; allowed: an object with policy"),
+        (ours(balance="1"), r"\[\"balance\"\] is '1'; allowed: true, false, or an object with policy"),
+        ({"ascend-twin": {}}, "^a key of additional_config is 'ascend-twin'; allowed: 'ascend_twin'"),
         (ours(balance={"name": "patient"}), "is 'name'; allowed: one of policy"),
-        (ours(balance={"policy": "rank_at_cap"}), "^policy is 'rank_at_cap'; allowed: one of open_gate"),
-        (ours(balance={"policy": 3}), "^policy"),
+        (
+            ours(balance={"policy": "rank_at_cap"}),
+            r"^additional_config.*\[\"policy\"\]: policy is 'rank_at_cap'; allowed: one of open_gate",
+        ),
+        (ours(balance={"policy": 3}), "policy is 3"),
         (ours(gdn={"core": "c++"}), "is 'c\\+\\+'; allowed: one of reference, eager"),
         (ours(gdn={"metadata": 1}), "is 1; allowed: true or false"),
         (ours(gdn=[]), r"is \[\]; allowed: an object with core, metadata"),

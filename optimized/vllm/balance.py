@@ -9,13 +9,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from ...reference.errors import SchedulerStateError, UnavailableError, invalid_argument
+from ...reference.errors import SchedulerStateError
 from ...scheduler.admission import make_policy
 from ...scheduler.gathered_admission import GatheredAdmission, PauseState
-from . import balance_metrics, engine_hook
+from . import balance_metrics
 from .admission_gate import find_gate
-from .scheduler_choice import ascend_balances
-from .settings import BALANCE_VARIABLE, read_settings
+from .refusals import refuse_what_cannot_be_served
+from .settings import read_settings
 
 _logger = init_logger(f"vllm.{__name__}")
 
@@ -31,9 +31,7 @@ class BalanceScheduler(GatheredAdmission, Scheduler):
         args, kwargs: whatever else the installed scheduler takes.
 
     Raises:
-        InvalidArgumentError: for settings that are wrong or that contradict the choice of this class, or a
-            feature of vLLM that balance scheduling cannot serve.
-        UnavailableError: when there are several ranks and the engine hook is not in place.
+        InvalidArgumentError, UnavailableError: as `refuse_what_cannot_be_served`.
     """
 
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> "BalanceScheduler":
@@ -42,12 +40,7 @@ class BalanceScheduler(GatheredAdmission, Scheduler):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         refuse_what_cannot_be_served(vllm_config)
-        settings = read_settings(vllm_config.additional_config)
-        if settings.balance is False and settings.balance_from != BALANCE_VARIABLE:
-            invalid_argument(
-                settings.balance_from, "false", "true with this --scheduler-cls, or one of the two"
-            )
-        parallel = vllm_config.parallel_config
+        settings, parallel = read_settings(vllm_config.additional_config), vllm_config.parallel_config
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         cap_name, self._shut = find_gate(Scheduler.schedule)
         cap = getattr(self, cap_name)
@@ -121,33 +114,3 @@ class BalanceScheduler(GatheredAdmission, Scheduler):
 
 class AsyncBalanceScheduler(BalanceScheduler, AsyncScheduler):
     """The installed vLLM's `AsyncScheduler` behind an admission policy; see `BalanceScheduler`."""
-
-
-def refuse_what_cannot_be_served(vllm_config: Any) -> None:
-    """Raise unless balance scheduling can run with this configuration of vLLM; see `BalanceScheduler`."""
-    if ascend_balances():
-        raise UnavailableError(
-            "vllm-ascend's own balance scheduling is active: unset VLLM_ASCEND_BALANCE_SCHEDULING, and "
-            'switch this one on by --additional-config \'{"ascend_twin": {"balance": true}}\''
-        )
-    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
-    if parallel.data_parallel_size > 1 and not engine_hook.is_installed():
-        raise UnavailableError(
-            f"balance scheduling with data_parallel_size = {parallel.data_parallel_size} needs the plugin "
-            "ascend_twin, and this process has not loaded it: name it in VLLM_PLUGINS, or unset that"
-        )
-    if getattr(parallel, "enable_elastic_ep", False):
-        invalid_argument("enable_elastic_ep", True, "false with balance scheduling: the ranks must stay")
-    interval = getattr(scheduler, "prefill_schedule_interval", 1)
-    if interval > 1:
-        invalid_argument(
-            "prefill_schedule_interval", interval, f"1, or the balance policy cadence:interval={interval}"
-        )
-    if getattr(vllm_config.model_config, "is_diffusion", False):
-        invalid_argument("model_config.is_diffusion", True, "false: diffusion needs a scheduler of its own")
-    transfer = vllm_config.kv_transfer_config
-    role = getattr(transfer, "kv_role", None)
-    if role in ("kv_producer", "kv_consumer"):
-        invalid_argument(
-            "kv_role", role, "kv_both, or none: whoever only prefills or only decodes has nobody to wait for"
-        )

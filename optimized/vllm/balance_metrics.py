@@ -48,8 +48,11 @@ def install() -> None:
 
     kind: Any = getattr(stats, "SchedulerStats", None)
     logger: Any = getattr(loggers, "PrometheusStatLogger", None)
-    if kind is None or not dataclasses.is_dataclass(kind) or not hasattr(logger, "record"):
+    record = getattr(logger, "record", None)
+    if not dataclasses.is_dataclass(kind) or record is None:
         raise UnavailableError("vLLM has no SchedulerStats, or no PrometheusStatLogger.record()")
+    if "scheduler_stats" not in inspect.signature(record).parameters:
+        raise UnavailableError("vLLM's PrometheusStatLogger.record() takes no scheduler_stats")
     _add_field(kind)
     if not hasattr(logger.record, _MARK):
         logger.record = _exporting(logger.record)

@@ -7,6 +7,7 @@ ranks enter the same collectives in the same order (docs/lockstep.md).
 
 import functools
 import json
+import logging
 import time
 from datetime import timedelta
 from typing import Any
@@ -18,9 +19,11 @@ from ...reference.errors import LockstepError, UnavailableError
 from ...scheduler.admission import RankCounts
 from ...scheduler.gathered_admission import GatheredAdmission
 
+_logger = logging.getLogger(f"vllm.{__name__}")
 _METHOD = "_has_global_unfinished_reqs"
 _MARK = "gathers_for_ascend_twin"
-_SHORTEST_WAIT = timedelta(minutes=10)  # the first step of a rank may compile its kernels
+_QUIET_WAIT = timedelta(seconds=10)
+_LONGEST_WAIT = timedelta(minutes=10)  # the first step of a rank may compile its kernels
 
 
 def install() -> None:
@@ -81,20 +84,26 @@ def _agree(engine: Any, balance: str) -> None:
     if balance == "off":
         return
     for other in range(engine.scheduler.dp_size):
-        key = f"ascend_twin/balance/{other}"
-        try:
-            store.wait([key], _SHORTEST_WAIT)
-            said = json.loads(store.get(key))
-        except torch.distributed.DistStoreError as error:
-            raise LockstepError(
-                f"rank {other} has not said within {_SHORTEST_WAIT} how it is balanced: is the plugin "
-                "ascend_twin installed and loaded there?"
-            ) from error
+        said = json.loads(_wait_for(store, f"ascend_twin/balance/{other}", other))
         if said != balance:
             raise LockstepError(
                 f"balance scheduling is {balance} on rank {rank}, and {said} on rank {other}: it must be the "
                 "same on all ranks"
             )
+
+
+def _wait_for(store: Any, key: str, rank: int) -> bytes:
+    """What a rank has said; a warning after a while, and an error in the end."""
+    question = f"how rank {rank} is balanced: is the plugin ascend_twin installed and loaded there?"
+    try:
+        store.wait([key], _QUIET_WAIT)
+    except torch.distributed.DistStoreError:
+        _logger.warning("Waiting for %s to be told %s", _LONGEST_WAIT, question)
+        try:
+            store.wait([key], _LONGEST_WAIT)
+        except torch.distributed.DistStoreError as error:
+            raise LockstepError(f"nobody has said within {_LONGEST_WAIT} {question}") from error
+    return store.get(key)
 
 
 def _engine_class() -> Any:

@@ -7,7 +7,10 @@ pool of states and who owns which slot.
 
 import functools
 import importlib
+import importlib.util
 import inspect
+import logging
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +19,10 @@ import torch
 from ...reference.errors import UnavailableError
 from ..gdn import ChunkMetadataBuilder, open_device
 from .gdn_core import PrefillCore, StateLayout, convert_states, gather_states, scatter_states
+from .late_import import when_imported
 from .settings import read_settings
+
+_logger = logging.getLogger(f"vllm.{__name__}")
 
 _LAYER_MODULE = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 _CPU_MODULE = "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention"
@@ -40,18 +46,54 @@ METADATA_FIELD = "non_spec_chunked_prefill_meta"
 
 
 def install() -> None:
-    """Register the layer out of tree, and put a switch before the kernel that vLLM has for CPUs.
+    """Replace vLLM's layer as soon as it is there: not before a model that has one is loaded.
 
-    Without the option both do nothing but pass on.
+    To import its module here would ask for the device, in processes that must not have touched it.
 
     Raises:
-        UnavailableError: when the installed vLLM has no such layer or another plugin has replaced it; nothing
-            has been changed.
+        UnavailableError: when the installed vLLM has no such layer, or one that is there already cannot be
+            replaced, or another plugin has replaced it; nothing has been changed.
 
     Source: vllm/model_executor/layers/mamba/gdn/qwen_gdn_linear_attn.py, and ops/cpu/gdn_attention.py beside
         that folder, 0.32.0.
     """
-    layers, cpu_ops, registry = _import(_LAYER_MODULE), _import(_CPU_MODULE), _registry()
+    if _LAYER_MODULE in sys.modules:
+        replace(sys.modules[_LAYER_MODULE])
+        return
+    try:
+        is_there = importlib.util.find_spec(_LAYER_MODULE) is not None
+    except ImportError as error:
+        raise UnavailableError(f"vLLM has no GDN layer that can be replaced: {error}") from error
+    if not is_there:
+        raise UnavailableError(f"vLLM has no GDN layer that can be replaced: no {_LAYER_MODULE}")
+    when_imported(_LAYER_MODULE, _replace_or_warn)
+
+
+def install_now() -> None:
+    """As `install`, and at once: for whoever wants to know, in a process that does not serve."""
+    install()
+    replace(_import(_LAYER_MODULE))
+
+
+def _replace_or_warn(layers: ModuleType) -> None:
+    """Replace the layer; where it cannot be, vLLM goes on with its own, unless a core was chosen."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    try:
+        replace(layers)
+    except UnavailableError as error:
+        config = get_current_vllm_config_or_none()
+        if config is not None and read_settings(config.additional_config).gdn_core:
+            raise
+        _logger.warning("GDN layer is off: %s", error)
+
+
+def replace(layers: ModuleType) -> None:
+    """Register the layer out of tree, and put a switch before the kernel that vLLM has for CPUs.
+
+    Without the option both do nothing but pass on. Twice does nothing; errors as of `install`.
+    """
+    cpu_ops, registry = _import(_CPU_MODULE), _registry()
     kind: Any = getattr(layers, _LAYER, None)
     _check_seams(kind, cpu_ops)
     registered = registry.get(_LAYER)
@@ -107,6 +149,7 @@ def _swapping(kind: Any) -> type:
             if self.prefill_core is not None:
                 check_place(self)
                 self.chunk_gated_delta_rule = DeviceCore(self.prefill_core, self.prefix)
+                _say_once(self.prefill_core.name)
 
         def rearrange_mixed_qkv(self, mixed_qkv: Any) -> Any:
             # The kernel for CPUs is a plain function, and is not told for which layer it runs. The query that
@@ -118,6 +161,11 @@ def _swapping(kind: Any) -> type:
 
     setattr(SwappableGatedDeltaNetAttention, _MARK, True)
     return SwappableGatedDeltaNetAttention
+
+
+@functools.cache
+def _say_once(core: str) -> None:
+    _logger.info("The prefill of GDN layers is computed by %s.", core)
 
 
 def _chosen_core() -> PrefillCore | None:

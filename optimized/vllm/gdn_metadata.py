@@ -7,8 +7,10 @@ vllm-ascend 0.18.0 replaces it later, in each worker, and would overwrite the re
 """
 
 import dataclasses
+import functools
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ is a `StagingError`."""
 _BUILD = ("self", "common_prefix_len", "common_attn_metadata", "num_accepted_tokens")
 _BUILD += ("num_decode_draft_tokens_cpu", "fast_build")
 _BUILD_CHUNKS = ("self", "prefill_query_start_loc", "prefill_query_start_loc_cpu", "device")
+_MARK = "prebuilds_for_ascend_twin"
 _SERVED_BACKENDS = ("triton", "flashinfer")  # others take chunk metadata in forms of their own
 
 _logger = logging.getLogger(f"vllm.{__name__}")
@@ -49,17 +52,24 @@ def install() -> None:
     metadata = getattr(gdn_attn, "GDNAttentionMetadata", None)
     if not hasattr(backend, "get_builder_cls") or builder is None or not dataclasses.is_dataclass(metadata):
         raise UnavailableError("vLLM's gdn_attn lacks GDNAttentionBackend, its builder or its metadata")
-    chosen = backend.get_builder_cls()
-    if hasattr(chosen, "prebuilds_for_ascend_twin"):
+    if hasattr(backend.get_builder_cls, _MARK):
         return
-    if chosen is not builder:
+    if backend.get_builder_cls() is not builder:
         raise UnavailableError("GDNAttentionBackend names another builder than GDNAttentionMetadataBuilder")
-    subclass = prebuilding(builder, metadata)
-    backend.get_builder_cls = staticmethod(lambda: subclass)
+    subclassing = prebuilding(builder, metadata)
+
+    @functools.cache
+    def get_builder_cls() -> Any:
+        return subclassing(builder)
+
+    setattr(get_builder_cls, _MARK, True)
+    backend.get_builder_cls = staticmethod(get_builder_cls)
 
 
-def prebuilding(builder: Any, metadata: Any) -> Any:
-    """A subclass of vLLM's builder, with these metadata, that prebuilds chunk metadata.
+def prebuilding(builder: Any, metadata: Any) -> Callable[[Any], Any]:
+    """What makes a subclass of vLLM's builder, with these metadata, that prebuilds chunk metadata.
+
+    It is not to be called before a model is loaded: it may import what asks for the device.
 
     Raises:
         UnavailableError: as `install`.
@@ -67,10 +77,9 @@ def prebuilding(builder: Any, metadata: Any) -> Any:
     if _parameters(builder, "build") == _BUILD:
         has_chunks = {"chunk_indices", "chunk_offsets"} & {f.name for f in dataclasses.fields(metadata)}
         if not has_chunks and not hasattr(builder, "_build_chunk_metadata"):
-            return _adding_chunks(builder)
+            return _adding_chunks
         if len(has_chunks) == 2 and _parameters(builder, "_build_chunk_metadata") == _BUILD_CHUNKS:
-            _check_chunk_size()
-            return _serving_chunks(builder)
+            return _serving_chunks
     raise UnavailableError(
         "vLLM's GDNAttentionMetadataBuilder is neither that of 0.17.0 (no chunk metadata) nor that of 0.32.0 "
         "(_build_chunk_metadata)"
@@ -82,13 +91,13 @@ def _parameters(owner: Any, method: str) -> tuple[str, ...]:
     return () if function is None else tuple(inspect.signature(function).parameters)
 
 
-def _check_chunk_size() -> None:
+def _chunk_size() -> int | None:
+    """That of vLLM's kernels, None if it cannot be found. Imports what asks for the device."""
     try:
         from vllm.third_party.flash_linear_attention.ops.utils import FLA_CHUNK_SIZE
-    except ImportError as error:
-        raise UnavailableError(f"vLLM does not tell its FLA_CHUNK_SIZE ({error})") from error
-    if FLA_CHUNK_SIZE != CHUNK_SIZE:
-        raise UnavailableError(f"vLLM's FLA_CHUNK_SIZE is {FLA_CHUNK_SIZE}, that of ours {CHUNK_SIZE}")
+    except ImportError:
+        return None
+    return FLA_CHUNK_SIZE
 
 
 def _adding_chunks(plain: Any) -> Any:
@@ -146,8 +155,13 @@ def _serving_chunks(plain: Any) -> Any:
 
     These describe the sequences that prefill, and are `non_spec_chunked_prefill_meta` of what `build`
     returns, or None in a step without prefill. That reference also keeps the memory of the views from being
-    used again.
+    used again. With kernels of another chunk size it is, with a warning, the builder itself.
     """
+    if _chunk_size() != CHUNK_SIZE:
+        _logger.warning(
+            "GDN metadata are off: vLLM's FLA_CHUNK_SIZE is %s, that of ours %d.", _chunk_size(), CHUNK_SIZE
+        )
+        return plain
 
     class ChunkServingBuilder(plain):
         prebuilds_for_ascend_twin = True

@@ -61,10 +61,10 @@ def vllm_version() -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names))) or "not installed"
 
 
-def _why_off(module: str) -> str | None:
+def _why_off(module: str, how: str = "install") -> str | None:
     """Install one concern. Whatever goes wrong in looking at an unknown vLLM, that must run."""
     try:
-        importlib.import_module(f".{module}", __package__).install()
+        getattr(importlib.import_module(f".{module}", __package__), how)()
     except Exception as error:
         return str(error) or type(error).__name__
     return None
@@ -72,4 +72,6 @@ def _why_off(module: str) -> str | None:
 
 if __name__ == "__main__":
     register()
+    # Where vLLM serves, this waits for a model that has such layers.
+    _status["GDN layer"] = _why_off("gdn_layer", "install_now")
     print(json.dumps(status()))

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...reference.errors import InvalidArgumentError, UnavailableError, invalid_argument
 from . import plugin
+from .refusals import ascend_balances, refuse_a_core_without_layers, refuse_what_cannot_be_served
 from .settings import BALANCE_VARIABLE, Settings, read_settings
 
 SCHEDULER = "ascend_twin.optimized.vllm.BalanceScheduler"
@@ -41,6 +42,9 @@ def install() -> None:
             invalid_argument(
                 "scheduler_cls", chosen, f"{SCHEDULER} with balance scheduling; something set it"
             )
+        if chosen is not None and _is_ours(chosen):
+            refuse_what_cannot_be_served(config)
+        refuse_a_core_without_layers(config)
         return config
 
     setattr(create_engine_config, _MARK, True)
@@ -80,16 +84,6 @@ def choose(arguments: Any) -> bool:
         return False
     arguments.scheduler_cls = SCHEDULER
     return True
-
-
-def ascend_balances() -> bool:
-    """Whether vllm-ascend's patch has put its own balance scheduler in the place of vLLM's.
-
-    Source: vllm_ascend/patch/platform/patch_balance_schedule.py, 0.18.0.
-    """
-    from vllm.v1.core.sched import scheduler
-
-    return hasattr(scheduler.Scheduler, "balance_gather")
 
 
 def _is_ours(scheduler_cls: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...reference.errors import invalid_argument
+from ...reference.errors import InvalidArgumentError, invalid_argument
 from ...scheduler.admission import make_policy
 from ..gdn.chunked import IMPLEMENTATIONS
 
@@ -44,7 +44,7 @@ def read_settings(additional_config: object, environ: Mapping[str, str] = os.env
     Args:
         additional_config: that of vLLM's configuration. Of a mapping, `["ascend_twin"]` is read: `{"balance":
             true, false or {"policy": "NAME:PARAMETER=INT"}, "gdn": {"core": NAME, "metadata": true or
-            false}}`, each optional. Anything else is somebody else's.
+            false}}`, each optional; an object is on. Anything else is somebody else's.
         environ: where `VLLM_ASCEND_BALANCE_SCHEDULING` is looked up: "1", "true", "on" and "yes" are on; "0",
             "false", "off", "no", an empty value and no value are off.
 
@@ -52,6 +52,8 @@ def read_settings(additional_config: object, environ: Mapping[str, str] = os.env
         InvalidArgumentError: for an unknown key or value, with what is allowed.
     """
     place = ADDITIONAL_CONFIG
+    if isinstance(additional_config, Mapping) and "ascend-twin" in additional_config:
+        invalid_argument("a key of additional_config", "'ascend-twin'", "'ascend_twin'")
     given = additional_config.get("ascend_twin", {}) if isinstance(additional_config, Mapping) else {}
     _check_keys(place, given, ("balance", "gdn"))
     balance_from = f'{place}["balance"]'
@@ -81,9 +83,14 @@ def _balance(place: str, given: Any) -> tuple[bool | None, str]:
     """Whether it is on, and the policy."""
     if given is None or isinstance(given, bool):
         return given, DEFAULT_POLICY
+    if not isinstance(given, Mapping):
+        invalid_argument(place, repr(given), "true, false, or an object with policy")
     _check_keys(place, given, ("policy",))
     policy = given.get("policy", DEFAULT_POLICY)
-    make_policy(policy, max_num_running_reqs=2)  # any cap that all policies take: the words are checked here
+    try:
+        make_policy(policy, max_num_running_reqs=2)  # a cap that all take: the words are checked here
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f'{place}["policy"]: {error}') from error
     return True, policy
 
 
