@@ -99,6 +99,18 @@ def test_an_unknown_vllm_gets_one_warning_that_names_what_is_off(
     assert str(version()) in said[0]
 
 
+def test_ranks_without_a_store_in_common_are_left_alone(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = modules.core.DPEngineCoreProc
+    plain = kind._has_global_unfinished_reqs.__wrapped__
+    monkeypatch.setattr(kind, "_has_global_unfinished_reqs", plain)
+    monkeypatch.setattr(kind, "_init_data_parallel", lambda engine, vllm_config: None)
+    with pytest.raises(UnavailableError, match="no dp_store"):
+        modules.engine_hook.install()
+    assert kind._has_global_unfinished_reqs is plain
+
+
 def test_a_tested_vllm_gets_no_warning(tmp_path: Path) -> None:
     code = "import vllm.plugins; vllm.plugins.load_general_plugins(); print('loaded')"
     run = subprocess.run(

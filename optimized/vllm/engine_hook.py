@@ -30,7 +30,7 @@ def install() -> None:
     """Wrap the method in place: a replaced class would come too late for those who have it already.
 
     Raises:
-        UnavailableError: when the installed vLLM has no such method.
+        UnavailableError: when the installed vLLM has no such method, or its ranks no store in common.
 
     Source: vllm/v1/engine/core.py, DPEngineCoreProc, 0.17.0 and 0.32.0.
     """
@@ -38,6 +38,9 @@ def install() -> None:
     original = getattr(kind, _METHOD, None)
     if original is None:
         raise UnavailableError(f"vLLM has no DPEngineCoreProc.{_METHOD}")
+    begin = getattr(kind, "_init_data_parallel", None)
+    if begin is None or "dp_store" not in begin.__code__.co_names:
+        raise UnavailableError("vLLM's DPEngineCoreProc has no dp_store")
     if is_installed():
         return
 
