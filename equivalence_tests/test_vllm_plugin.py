@@ -111,16 +111,20 @@ def test_ranks_without_a_store_in_common_are_left_alone(
     assert kind._has_global_unfinished_reqs is plain
 
 
-def test_a_tested_vllm_gets_no_warning(tmp_path: Path) -> None:
-    code = "import vllm.plugins; vllm.plugins.load_general_plugins(); print('loaded')"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=child_environment(tmp_path),
+def with_plugins(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process in which vLLM has loaded its plugins."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import vllm.plugins; vllm.plugins.load_general_plugins(); {code}"],
+        env=child_environment(folder),
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def test_a_tested_vllm_gets_no_warning(tmp_path: Path) -> None:
+    run = with_plugins(tmp_path, "print('loaded')")
     assert "loaded" in run.stdout, run.stderr
     assert "ascend-twin is tested" not in run.stdout + run.stderr
 
@@ -128,18 +132,10 @@ def test_a_tested_vllm_gets_no_warning(tmp_path: Path) -> None:
 def test_registering_asks_no_device(tmp_path: Path) -> None:
     """These modules of vLLM do, when they are imported; a process that did cannot be forked."""
     code = (
-        "import vllm.plugins, sys; vllm.plugins.load_general_plugins(); "
-        "from ascend_twin.optimized.vllm import plugin; assert plugin.status(); "
+        "import sys; from ascend_twin.optimized.vllm import plugin; assert plugin.status(); "
         "print([name for name in sys.modules if 'flash_linear_attention' in name or 'gdn_linear' in name])"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=child_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    run = with_plugins(tmp_path, code)
     assert run.stdout.splitlines()[-1:] == ["[]"], run.stdout + run.stderr
 
 

@@ -132,72 +132,43 @@ class VLLMEngine(RealEngine):
         }
 
     def vllm_config(self, config: SchedulerConfig, asynchronous: bool) -> SimpleNamespace:
+        made = super().vllm_config(config, asynchronous)
         num_drafts, method = config.num_spec_tokens, config.spec_method
         is_eagle, is_draft_model = method == "eagle", method == "draft_model"
-        return SimpleNamespace(
-            scheduler_config=SimpleNamespace(
-                max_num_seqs=config.max_num_seqs,
-                max_num_active_seqs=None,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_num_scheduled_tokens=None,
-                policy=config.policy,
-                enable_chunked_prefill=config.enable_chunked_prefill,
-                long_prefill_token_threshold=config.long_prefill_token_threshold,
-                long_prefill_token_threshold_adaptive=False,
-                disable_chunked_mm_input=config.disable_chunked_mm_input,
-                async_scheduling=asynchronous,
-                scheduler_reserve_full_isl=True,
-                watermark=0.0,
-                prefill_schedule_interval=1,
-            ),
-            cache_config=SimpleNamespace(
-                num_gpu_blocks=config.num_blocks,
-                block_size=config.block_size,
-                enable_prefix_caching=config.enable_prefix_caching,
-                mamba_cache_mode=config.mamba_cache_mode,
-                enable_mamba_shared_prefix_checkpoint=False,
-            ),
-            model_config=SimpleNamespace(
-                max_model_len=config.max_model_len,
-                is_encoder_decoder=False,
-                is_diffusion=False,
-                runner_type="generate",
-                uses_mrope=False,
-                supports_multimodal_inputs=False,
-                return_sampling_mask=False,
-            ),
-            parallel_config=SimpleNamespace(
-                data_parallel_index=0,
-                decode_context_parallel_size=1,
-                prefill_context_parallel_size=1,
-                pipeline_parallel_size=1,
-            ),
-            observability_config=SimpleNamespace(
-                kv_cache_metrics=False,
-                enable_mfu_metrics=False,
-                enable_logging_iteration_details=False,
-                per_request_spec_decode_metrics="detailed" if num_drafts else "none",
-            ),
-            lora_config=None if config.max_loras is None else SimpleNamespace(max_loras=config.max_loras),
-            speculative_config=SimpleNamespace(
-                num_speculative_tokens=num_drafts,
+        vars(made.scheduler_config).update(
+            max_num_active_seqs=None,
+            long_prefill_token_threshold_adaptive=False,
+            scheduler_reserve_full_isl=True,
+            watermark=0.0,
+            prefill_schedule_interval=1,
+        )
+        made.cache_config.enable_mamba_shared_prefix_checkpoint = False
+        vars(made.model_config).update(
+            is_diffusion=False,
+            runner_type="generate",
+            uses_mrope=False,
+            supports_multimodal_inputs=False,
+            return_sampling_mask=False,
+        )
+        vars(made.observability_config).update(
+            enable_logging_iteration_details=False,
+            per_request_spec_decode_metrics="detailed" if num_drafts else "none",
+        )
+        if made.speculative_config is not None:
+            vars(made.speculative_config).update(
                 num_speculative_tokens_per_batch_size=None,
                 max_num_new_slots_for_drafting=int(is_draft_model),
-                use_eagle=lambda: is_eagle,
                 use_eagle_block_drop=lambda: is_eagle,
             )
-            if num_drafts
-            else None,
-            kv_transfer_config=self.connector
-            and SimpleNamespace(
+        if self.connector is not None:
+            made.kv_transfer_config = SimpleNamespace(
                 connector=self.connector,
                 kv_load_failure_policy=config.kv_load_failure_policy,
                 kv_role="kv_both",
                 is_kv_consumer=True,
                 is_kv_producer=True,
-            ),
-            kv_events_config=None,
-            ec_transfer_config=None,
+            )
+        vars(made).update(
             ec_manager_config=SimpleNamespace(get_encoder_cache_manager_obj=lambda: None),
             aux_output_config=SimpleNamespace(enabled=False),
             is_mm_encoder_only=False,
@@ -208,6 +179,7 @@ class VLLMEngine(RealEngine):
             num_prefill_lookahead_tokens=int(num_drafts > 0 and is_eagle),
             use_v2_model_runner=False,  # the stand-in for the model is told what the older runner is
         )
+        return made
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def register() -> None:
         logging.getLogger(f"vllm.{__name__}").warning(
             "ascend-twin is tested with vLLM %s; with this one, %s, off: %s",
             " and ".join(TESTED_VERSIONS),
-            vllm_version(),
+            ", ".join(" ".join(named) for named in vllm_distributions().items()) or "not installed",
             "; ".join(off),
         )
 
@@ -55,10 +55,9 @@ def status() -> dict[str, str | None]:
     return dict(_status)
 
 
-def vllm_version() -> str:
-    """The version of the installed vLLM, whatever the distribution is called."""
-    names = metadata.packages_distributions().get("vllm", ())
-    return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names))) or "not installed"
+def vllm_distributions() -> dict[str, str]:
+    """The versions of what has installed vLLM, by its name; empty without one. Nothing is imported."""
+    return {name: metadata.version(name) for name in metadata.packages_distributions().get("vllm", ())}
 
 
 def _why_off(module: str, how: str = "install") -> str | None:
