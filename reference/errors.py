@@ -35,6 +35,10 @@ class TraceError(AscendTwinError, ValueError):
     """A request trace cannot be read; the message names the file, the line and the reason."""
 
 
+class FixtureError(AscendTwinError, ValueError):
+    """A fixture cannot be read; the message names the file, the place in it and the reason."""
+
+
 class SchedulerStateError(AscendTwinError, RuntimeError):
     """A scheduler met a state that it rules out: where vLLM asserts, or a caller broke its rules."""
 
