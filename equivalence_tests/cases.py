@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..fixtures.record import metadata_tensors, versions
+from ..fixtures.store import Fixture
 from ..optimized.gdn import IMPLEMENTATIONS
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
 from ..optimized.gdn.metadata import ChunkMetadata, ChunkMetadataBuilder
@@ -141,6 +143,7 @@ class Outcome(NamedTuple):
     comparisons: list[Comparison]
     metadata_differences: list[str]
     reference: Sequence[Comparison] = ()  # of the chunked reference in float64, if that was checked too
+    fixture: Fixture | None = None  # the call as a recording, if it failed
 
     @property
     def passed(self) -> bool:
@@ -235,14 +238,17 @@ def compare_prefill(
     ]
 
 
-def metadata_differences(
-    metadata: ChunkMetadata, bounds: list[int], block_sizes: tuple[int, int, int]
-) -> list[str]:
-    """Where prebuilt metadata is not what the definition says, in value or dtype; exact."""
+def expected_metadata(bounds: list[int], block_sizes: tuple[int, int, int]) -> dict[str, object]:
+    """What the definition says of prebuilt metadata, by field.
+
+    Args:
+        bounds: N + 1 ints, bounds (tokens) of the sequences.
+        block_sizes: as in `ChunkMetadata`.
+    """
     chunk, large, cumsum = block_sizes
     is_kept = torch.tensor(bounds[1:]) > torch.tensor(bounds[:-1])
-    host_bounds = metadata.cu_seqlens_kern or metadata.cu_seqlens_host
-    expected = {
+    kept_bounds = tuple(sorted({0, *bounds}))
+    return {
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
         "chunk_indices_chunk64": reference_metadata.chunk_indices(bounds, chunk),
         "chunk_offsets_chunk64": reference_metadata.chunk_offsets(bounds, chunk),
@@ -252,10 +258,18 @@ def metadata_differences(
         "block_indices_cumsum": reference_metadata.chunk_indices(bounds, cumsum),
         "keep_meta": None if is_kept.all() else is_kept,
         "cu_seqlens_host": tuple(bounds),
+        "cu_seqlens_kern": None if is_kept.all() else kept_bounds,
         "chunk_indices_chunk64_host": tuple(
-            reference_metadata.chunk_indices(host_bounds, chunk).flatten().tolist()
+            reference_metadata.chunk_indices(kept_bounds, chunk).flatten().tolist()
         ),
     }
+
+
+def metadata_differences(
+    metadata: ChunkMetadata, bounds: list[int], block_sizes: tuple[int, int, int]
+) -> list[str]:
+    """Where prebuilt metadata is not what the definition says, in value or dtype; exact."""
+    expected = expected_metadata(bounds, block_sizes)
     found = {name: getattr(metadata, name) for name in expected}
     return [
         f"{name} is {_in_full(found[name])}, expected {_in_full(wanted)}"
@@ -295,7 +309,7 @@ def check_prefill(
     metadata = builder.build(inputs.cu_seqlens)
     differences = metadata_differences(metadata, case.bounds, builder.block_sizes)
     if differences:  # the op would read and write wherever they point
-        return Outcome(case, [], differences)
+        return Outcome(case, [], differences, fixture=recorded_case(case, implementation, metadata))
     o, state = run_case(
         optimized_chunk_gated_delta_rule,
         case,
@@ -304,13 +318,41 @@ def check_prefill(
         implementation=implementation,
     )
     truth = truth_of(case, inputs)
-    return Outcome(
+    outcome = Outcome(
         case,
         compare_prefill(
             case, inputs, o, state, truth, rounds_operands=IMPLEMENTATIONS[implementation].rounds_operands
         ),
         differences,
         compare_reference(case, inputs, truth) if check_reference else (),
+    )
+    if outcome.passed:
+        return outcome
+    return outcome._replace(fixture=recorded_case(case, implementation, metadata, o, state))
+
+
+def recorded_case(
+    case: PrefillCase,
+    implementation: str,
+    metadata: ChunkMetadata | None = None,
+    o: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+) -> Fixture:
+    """A case as a fixture: what an implementation was given, and what it returned, as far as it came."""
+    found = {"seen.o": o, "seen.final_state": final_state, **metadata_tensors(metadata)}
+    tensors = {**case.inputs()._asdict(), **found}
+    config = {
+        "scale": None,
+        "eps": 1e-6,
+        "use_qk_l2norm_in_kernel": case.use_qk_l2norm_in_kernel,
+        "output_final_state": True,
+        "implementation": implementation,
+    }
+    return Fixture(
+        "gdn",
+        config,
+        {name: x.cpu().clone() for name, x in tensors.items() if x is not None},
+        origin={"case": repr(case), "versions": versions()},
     )
 
 

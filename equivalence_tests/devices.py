@@ -226,13 +226,20 @@ class SimulatedDevice:
         contents, values = target.contents, torch.from_numpy(raw).view(source.dtype)
         self._queue(stream, lambda: contents.copy_(values), [target.memory])
 
+    def copy_back_async(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
+        """Queue a copy of device memory to pinned memory, which must live until it is done."""
+        if not isinstance(source, SimulatedTensor):
+            raise StagingError(f"the source of an asynchronous copy is a {type(source).__name__} on the host")
+        values, landing = source.contents, torch.from_numpy(self._pinned_memory(target)).view(target.dtype)
+        self._queue(stream, lambda: landing.copy_(values.reshape(-1)), [])
+
     def _pinned_memory(self, source: torch.Tensor) -> np.ndarray:
         """The bytes of a contiguous pinned tensor, without keeping their owner alive."""
         for block in self._pinned:
             offset = source.data_ptr() - block.ctypes.data
             if 0 <= offset <= block.nbytes - source.nbytes:
                 return block[offset : offset + source.nbytes]
-        raise StagingError("the source of an asynchronous copy is pageable memory: it must be pinned")
+        raise StagingError("the host side of an asynchronous copy is pageable memory: it must be pinned")
 
     # Streams and events
 

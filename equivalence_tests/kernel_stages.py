@@ -28,8 +28,9 @@ from ..optimized.gdn.device import Device
 from ..optimized.gdn.kernels.block_sizes import CHUNK_SIZE
 from ..optimized.gdn.metadata import ChunkMetadata, ChunkMetadataBuilder
 from ..reference.gdn import stages
+from ..reference.gdn.inputs import scale_or_default
 from ..reference.gdn.metadata import chunk_offsets
-from .cases import DTYPES, PrefillCase
+from .cases import DTYPES, Inputs, PrefillCase
 from .compare import Comparison, compare_o, compare_state
 from .tolerances import Errors, limit
 
@@ -49,20 +50,35 @@ class StageCase:
 
     Args:
         case: the batch.
+        inputs: its tensors. Default: those that follow from the case.
+        scale: factor of the output. Default: K ** -0.5.
+        eps: of the normalisation of q and k.
+        given: tensors by name that a stage is to be given in place of what the reference makes.
         dtypes: of g, beta and initial_state by name, where they are others than those of the case.
     """
 
-    def __init__(self, case: PrefillCase, **dtypes: torch.dtype) -> None:
+    def __init__(
+        self,
+        case: PrefillCase,
+        *,
+        inputs: Inputs | None = None,
+        scale: float | None = None,
+        eps: float = EPS,
+        given: Results | None = None,
+        **dtypes: torch.dtype,
+    ) -> None:
         self.case = case
+        self.eps = eps
         self.dtype = DTYPES[case.dtype]
         self.bounds = case.bounds
         self.num_tokens = case.bounds[-1] + case.padding
-        self.scale = case.K**-0.5
+        self.scale = scale_or_default(scale, case.K)
         self.num_parts = 1 if self.dtype == torch.float32 else 2  # of Ai in the fused path
         self.chunk_offsets: list[int] = chunk_offsets(self.bounds, CHUNK_SIZE).tolist()
         self._references: dict[tuple[str, torch.dtype], Results] = {}
-        q, k, v, g, beta, self.initial_state, _ = case.inputs()
+        q, k, v, g, beta, self.initial_state, _ = case.inputs() if inputs is None else inputs
         self._inputs = {"raw_q": q[0], "raw_k": k[0], "v": v[0], "g": g[0], "beta": beta[0]}
+        self._inputs.update(given or {})
         for name in ("g", "beta"):
             self._inputs[name] = self._inputs[name].to(dtypes.get(name))
         if self.initial_state is not None:
@@ -79,7 +95,7 @@ class StageCase:
             raw = self[f"raw_{name}"]
             if not self.case.use_qk_l2norm_in_kernel:
                 return raw
-            return stages.l2norm(raw.double(), eps=EPS).to(self.dtype)
+            return stages.l2norm(raw.double(), eps=self.eps).to(self.dtype)
         stage, sources = SOURCES[name]
         exact, found = self.reference(stage), []
         for source in sources:
@@ -141,7 +157,7 @@ class StageCase:
 
 def _l2norm(case: StageCase, compute_dtype: torch.dtype) -> Results:
     x = case["raw_k"].to(stages.accumulation_dtype(compute_dtype))
-    return {"y": stages.round_to(stages.l2norm(x, eps=EPS), compute_dtype)}
+    return {"y": stages.round_to(stages.l2norm(x, eps=case.eps), compute_dtype)}
 
 
 def _chunk_local_cumsum(case: StageCase, compute_dtype: torch.dtype) -> Results:
@@ -207,7 +223,7 @@ def _fused_intra_chunk(case: StageCase, compute_dtype: torch.dtype) -> Results:
     q, k, g, beta = case.chunks("raw_q raw_k g beta", compute_dtype)
     x = y = torch.ones_like(g)
     if case.case.use_qk_l2norm_in_kernel:
-        x, y = ((z.square().sum(-1) + EPS).rsqrt() for z in (k, q))
+        x, y = ((z.square().sum(-1) + case.eps).rsqrt() for z in (k, q))
     D, G = stages.pairwise_decay(g), stages.chunk_local_cumsum(g).exp()
     k = x[..., None] * k
     Aqk = stages.matmul(q, k.mT, compute_dtype) * D * y[..., None]
@@ -310,7 +326,7 @@ def _solve_options(call: Call) -> dict[str, Any]:
 
 
 STAGES = {
-    "l2norm": Stage("l2norm", "raw_k", _l2norm, lambda call: {"eps": EPS}, _by_name("y")),
+    "l2norm": Stage("l2norm", "raw_k", _l2norm, lambda call: {"eps": call.case.eps}, _by_name("y")),
     "chunk_local_cumsum": Stage(
         "chunk_local_cumsum",
         "g",
@@ -353,7 +369,7 @@ STAGES = {
         _fused_intra_chunk,
         lambda call: {
             "use_qk_l2norm_in_kernel": call.case.case.use_qk_l2norm_in_kernel,
-            "eps": EPS,
+            "eps": call.case.eps,
             **_chunks(call),
         },
         _intra_results,
@@ -473,11 +489,13 @@ def check_stage(
     case = case if isinstance(case, StageCase) else StageCase(case)
     results = run_stage(name, case, device, **options)
     return [
-        StageComparison(f"{name}.{result}", _compare(name, case, result, x)) for result, x in results.items()
+        StageComparison(f"{name}.{result}", compare_result(name, case, result, x))
+        for result, x in results.items()
     ]
 
 
-def _compare(stage: str, case: StageCase, result: str, actual: torch.Tensor) -> Comparison:
+def compare_result(stage: str, case: StageCase, result: str, actual: torch.Tensor) -> Comparison:
+    """Compare a result of a stage, on the CPU, with the reference stage in float64; as `check_stage`."""
     dtype = operands = torch.float32 if result in WIDE else case.dtype
     if (stage, result) == ("fused_intra_chunk", "A"):  # of keys that the kernel normalises and rounds
         operands = case.dtype

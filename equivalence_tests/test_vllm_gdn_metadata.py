@@ -471,10 +471,10 @@ def test_a_device_that_staging_does_not_know_is_left_to_vllm_with_a_warning(
     warnings: list[str] = []
     monkeypatch.setattr(gdn_metadata._logger, "warning", lambda text, *args: warnings.append(text % args))
     config = vllm_batches.vllm_config()
-    assert gdn_metadata._open_builder(config, torch.device("xpu")) is None
+    assert gdn_metadata._open_builder(config, torch.device("xpu"), ["layer"]) is None
     assert "xpu" in warnings[0]
     del config.model_config.hf_text_config.linear_num_value_heads
-    assert gdn_metadata._open_builder(config, torch.device("cpu")) is None
+    assert gdn_metadata._open_builder(config, torch.device("cpu"), ["layer"]) is None
     assert "linear_num_value_heads" in warnings[1]
 
 

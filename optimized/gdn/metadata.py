@@ -216,7 +216,7 @@ class ChunkMetadataBuilder:
 
         lease = self.ring.stage(size, fill)
         buffer = lease.buffer
-        cu_seqlens, offsets, update_offsets = buffer.as_strided((3, N + 1), (vector, 1), 0).unbind()
+        cu_seqlens, offsets, update_offsets = buffer.as_strided((3, N + 1), (vector, 1)).unbind()
         second, third = tables + 2 * (totals[0] + odd[0]), keep - 2 * (totals[2] + odd[2])
         return ChunkMetadata(
             cu_seqlens=cu_seqlens,

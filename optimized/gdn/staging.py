@@ -61,8 +61,7 @@ class Lease:
             self._ring._free.append(slot)
 
     def __del__(self) -> None:
-        if getattr(self, "_slot", None) is not None:
-            self.release()
+        self.release()
 
 
 class StagingRing:

@@ -13,6 +13,7 @@ from .kernels.l2norm import l2norm
 from .kernels.recompute_w_u import recompute_w_u
 from .kernels.solve_tril import solve_tril
 from .metadata import ChunkMetadata
+from .stage_results import keep
 
 
 def staged_chunk_gated_delta_rule(
@@ -37,6 +38,7 @@ def staged_chunk_gated_delta_rule(
     chunks = {"cu_seqlens": cu_seqlens, "chunk_indices": chunk_indices}
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q, eps=eps), l2norm(k, eps=eps)
+        keep({"l2norm.q": q, "l2norm.k": k})
     g_cumsum = chunk_local_cumsum(g, cu_seqlens=cu_seqlens, block_indices=metadata.block_indices_cumsum)
     A = chunk_scaled_dot_kkt(k, g_cumsum, beta, **chunks)
     (Ai,) = solve_tril(
@@ -54,6 +56,10 @@ def staged_chunk_gated_delta_rule(
         num_chunks=len(chunk_indices),
     )
     o = chunk_fwd_o(q, k, v_new, h, g_cumsum, scale=scale, **chunks)
+    coarse, rest = g_cumsum[..., None].unbind()
+    keep({"chunk_local_cumsum.coarse": coarse, "chunk_local_cumsum.rest": rest})
+    keep({"chunk_scaled_dot_kkt.A": A, "solve_tril.Ai": Ai, "recompute_w_u.w": w, "recompute_w_u.u": u})
+    keep({"chunk_delta_h.h": h, "chunk_delta_h.v_new": v_new})
     return _zero_behind(o, metadata), final_state
 
 

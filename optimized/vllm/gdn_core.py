@@ -16,6 +16,9 @@ from .settings import GDN_CORES
 NULL_SLOT = 0
 """The slot that vLLM gives to no request: a padding row names it, or, in older versions, -1."""
 
+METADATA_FIELD = "non_spec_chunked_prefill_meta"
+"""Of vLLM's metadata of a step: where those that our builder made are hung."""
+
 _logger = logging.getLogger(f"vllm.{__name__}")
 
 

@@ -18,8 +18,16 @@ import torch
 
 from ...reference.errors import UnavailableError
 from ..gdn import ChunkMetadataBuilder, open_device
-from .gdn_core import PrefillCore, StateLayout, convert_states, gather_states, scatter_states
+from .gdn_core import (
+    METADATA_FIELD,
+    PrefillCore,
+    StateLayout,
+    convert_states,
+    gather_states,
+    scatter_states,
+)
 from .late_import import when_imported
+from .record_gdn import call_recorder
 from .settings import read_settings
 
 _logger = logging.getLogger(f"vllm.{__name__}")
@@ -41,8 +49,8 @@ _CPU_OP_ARGUMENTS = (
     "eps",
 )
 _MARK = "swaps_for_ascend_twin"
-_OF_LAYER = "ascend_twin_layer"
-METADATA_FIELD = "non_spec_chunked_prefill_meta"
+OF_LAYER = "ascend_twin_layer"
+"""Attribute of a query: the layer that made it."""
 
 
 def install() -> None:
@@ -101,7 +109,7 @@ def replace(layers: ModuleType) -> None:
         return
     if registered is not None:
         raise UnavailableError(f"{registered.__module__}.{registered.__name__} has replaced vLLM's {_LAYER}")
-    setattr(cpu_ops.ops, _CPU_OP, _switch(getattr(cpu_ops.ops, _CPU_OP)))
+    setattr(cpu_ops.ops, _CPU_OP, switched(getattr(cpu_ops.ops, _CPU_OP)))
     kind.register_oot(_swapping(kind))
 
 
@@ -150,13 +158,17 @@ def _swapping(kind: Any) -> type:
                 check_place(self)
                 self.chunk_gated_delta_rule = DeviceCore(self.prefill_core, self.prefix)
                 _say_once(self.prefill_core.name)
+            self.call_recorder = call_recorder(self.prefix)
+            if self.call_recorder is not None:
+                step = functools.partial(step_metadata, self.prefix)
+                self.call_recorder.watch(self.chunk_gated_delta_rule, step)
 
         def rearrange_mixed_qkv(self, mixed_qkv: Any) -> Any:
             # The kernel for CPUs is a plain function, and is not told for which layer it runs. The query that
             # it is handed is the one made here.
             query, key, value = super().rearrange_mixed_qkv(mixed_qkv)
             if query is not None:
-                setattr(query, _OF_LAYER, self)
+                setattr(query, OF_LAYER, self)
             return query, key, value
 
     setattr(SwappableGatedDeltaNetAttention, _MARK, True)
@@ -215,20 +227,32 @@ def try_core(name: str, K: int, V: int) -> None:
         )
 
 
-def _switch(original: Any) -> Any:
-    """vLLM's kernel for CPUs, or the prefill core of the layer that made the query."""
+def switched(original: Any) -> Any:
+    """vLLM's kernel for CPUs, or what the layer that made the query has for it: core, recorder or both."""
     signature = inspect.signature(original)
+    place_of_query = list(signature.parameters).index("query")
 
     @functools.wraps(original)
     def chunk_gated_delta_rule_cpu(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        layer = getattr(bound.arguments["query"], _OF_LAYER, None)
+        query = kwargs["query"] if "query" in kwargs else args[place_of_query]
+        layer = getattr(query, OF_LAYER, None)
         if layer is None:
             _refuse_lost_query()
-        if layer is None or layer.prefill_core is None:
             return original(*args, **kwargs)
+        core, recorder = layer.prefill_core, layer.call_recorder
+        if core is None and recorder is None:
+            return original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return run_on_pool(layer.prefill_core, bound.arguments, prebuilt_metadata(layer.prefix))
+        given = bound.arguments
+        if core is None:
+            name, run = f"vllm {_CPU_OP}", functools.partial(original, *args, **kwargs)
+        else:
+            metadata = prebuilt_metadata(layer.prefix)
+            name, run = core.name, functools.partial(run_on_pool, core, given, metadata)
+        if recorder is None:
+            return run()
+        return recorder.run_on_pool(run, given, name, step_metadata(layer.prefix))
 
     return chunk_gated_delta_rule_cpu
 
@@ -334,10 +358,14 @@ class DeviceCore(torch.nn.Module):
 
 def prebuilt_metadata(prefix: str) -> Any:
     """The chunk metadata that our builder hung onto this step's metadata of a layer, or None."""
+    return getattr(step_metadata(prefix), METADATA_FIELD, None)
+
+
+def step_metadata(prefix: str) -> Any:
+    """vLLM's metadata of this step for a layer; None outside of a step, and while vLLM warms up."""
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
     if not is_forward_context_available():
         return None
     of_layers = get_forward_context().attn_metadata
-    of_layer = of_layers.get(prefix) if isinstance(of_layers, dict) else None
-    return getattr(of_layer, METADATA_FIELD, None)
+    return of_layers.get(prefix) if isinstance(of_layers, dict) else None

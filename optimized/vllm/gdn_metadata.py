@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ...reference.errors import InvalidArgumentError, UnavailableError
 from ..gdn.device import open_device
 from ..gdn.kernels.block_sizes import CHUNK_SIZE
 from ..gdn.metadata import ChunkMetadata, ChunkMetadataBuilder
+from .record_gdn import RecordedBuilder, record_builds
 from .settings import read_settings
 
 RING_DEPTH = 6
@@ -112,7 +113,7 @@ def _adding_chunks(plain: Any) -> Any:
 
         def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-            self.chunk_metadata_builder = _open_builder(vllm_config, device)
+            self.chunk_metadata_builder = _open_builder(vllm_config, device, layer_names)
 
         def build(
             self,
@@ -176,7 +177,9 @@ def _serving_chunks(plain: Any) -> Any:
                 self.__class__ = own_class
             self.chunk_metadata_builder = None
             if self.gdn_prefill_backend in _SERVED_BACKENDS:
-                self.chunk_metadata_builder = _open_builder(vllm_config, device, int64_offsets=True)
+                self.chunk_metadata_builder = _open_builder(
+                    vllm_config, device, layer_names, int64_offsets=True
+                )
             self._prebuilt: ChunkMetadata | None = None
 
         def build(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,8 +221,8 @@ def _unpatched(build: Any) -> Any:
 
 
 def _open_builder(
-    vllm_config: Any, device: torch.device, *, int64_offsets: bool = False
-) -> ChunkMetadataBuilder | None:
+    vllm_config: Any, device: torch.device, layer_names: Sequence[str], *, int64_offsets: bool = False
+) -> ChunkMetadataBuilder | RecordedBuilder | None:
     """A builder for the steps of this rank.
 
     None, so that vLLM's builder is left as it is, when the settings say so, and with a warning for a model or
@@ -239,14 +242,16 @@ def _open_builder(
         return None
     # vllm-ascend adds one row to some batches, and in a captured batch rows are added up to its size.
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return ChunkMetadataBuilder(
+    num_value_heads //= vllm_config.parallel_config.tensor_parallel_size
+    builder = ChunkMetadataBuilder(
         opened,
         scheduler.max_num_batched_tokens,
         max(scheduler.max_num_seqs + 1, captured),
-        num_value_heads // vllm_config.parallel_config.tensor_parallel_size,
+        num_value_heads,
         RING_DEPTH,
         int64_offsets=int64_offsets,
     )
+    return record_builds(builder, layer_names, num_value_heads)
 
 
 def _bounds(query_start_loc: torch.Tensor, num_tokens: int) -> torch.Tensor:

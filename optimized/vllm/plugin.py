@@ -20,11 +20,12 @@ CONCERNS = {
     "balance scheduling: metrics": "balance_metrics",
     "GDN metadata": "gdn_metadata",
     "GDN layer": "gdn_layer",
+    "recording of schedulers": "record_scheduler",
 }
 """What is done to vLLM, and the module here whose `install()` does it."""
 
 BY_OPTION = ("GDN layer",)
-"""Concerns that change nothing unless an option asks for them: who does not is not told that they are off."""
+"""Concerns that change nothing unless an option or a recording asks for them: nobody else is told of them."""
 
 _status: dict[str, str | None] = {}
 
@@ -38,8 +39,11 @@ def register() -> None:
         return
     for concern, module in CONCERNS.items():
         _status[concern] = _why_off(module)
+    from ...fixtures.record import is_asked_for
+
+    unasked = () if is_asked_for() else BY_OPTION
     off = [
-        f"{concern} ({reason})" for concern, reason in _status.items() if reason and concern not in BY_OPTION
+        f"{concern} ({reason})" for concern, reason in _status.items() if reason and concern not in unasked
     ]
     if off and multiprocessing.parent_process() is None:  # the processes that it starts would repeat it
         logging.getLogger(f"vllm.{__name__}").warning(
