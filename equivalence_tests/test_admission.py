@@ -61,6 +61,10 @@ def policies(caps: Sequence[int] = CAPS) -> list[AdmissionPolicy]:
     return [policy for policy in made if policy is not None]
 
 
+def test_counts_of_an_empty_rank_are_zero() -> None:
+    assert RankCounts() == (0, 0, 0, 0, 0, 0)
+
+
 @pytest.mark.parametrize("cap", CAPS)
 def test_open_gate_is_always_open(cap: int) -> None:
     policy = OpenGate(cap)
@@ -98,7 +102,8 @@ def test_any_rank_near_cap_leaves_one_place_free() -> None:
 
 
 def test_any_rank_near_cap_refuses_a_cap_at_which_nobody_could_be_admitted() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"max_num_running_reqs is 1; .*>= 2.*never admit anybody"):
+    allowed = ">= 2 with the policy any_rank_near_cap, which would never admit anybody"
+    with pytest.raises(InvalidArgumentError, match=rf"^max_num_running_reqs is 1; allowed: {allowed}$"):
         AnyRankNearCap(1)
     with pytest.raises(InvalidArgumentError, match="never admit anybody"):
         make_policy("any_rank_near_cap", 1)
@@ -149,6 +154,9 @@ def test_cadence_reads_the_step_from_the_gather() -> None:
         (2, (3, 1, 8), True),
         (1, (3, 2, 8), True),
         (1, (3, 2, 7), False),
+        # Of three more each costs more than of two.
+        (3, (3, 1, 12), False),
+        (3, (3, 1, 13), True),
         # Nobody could be admitted.
         (9, (4, 9, 99), False),
         (9, (0, 0, 0), False),
@@ -288,6 +296,7 @@ def test_every_policy_has_a_bound() -> None:
         ("any_rank_near_cap", AnyRankNearCap(4)),
         ("cadence", Cadence(4, 2)),
         ("cadence:interval=7", Cadence(4, 7)),
+        ("patient", Patient(4, 16, 2048)),
     ],
 )
 def test_make_policy_reads_a_text_form(spec: str, policy: AdmissionPolicy) -> None:
@@ -311,6 +320,7 @@ def test_make_policy_knows_every_name(name: str) -> None:
         ("cadence:steps=2", "policy is 'cadence:steps=2'; allowed: cadence with interval, each once"),
         ("cadence:max_num_running_reqs=2", "allowed: cadence with interval, each once"),
         ("cadence:interval=2,interval=3", "allowed: cadence with interval, each once"),
+        ("patient:steps=2", "allowed: patient with patience, most_steps, each once"),
         ("cadence:interval", "policy is 'cadence:interval'; allowed: an int for interval"),
         ("cadence:interval=2.5", "policy is 'cadence:interval=2.5'; allowed: an int for interval"),
         ("cadence:interval=0", "interval is 0; allowed: an int >= 1"),

@@ -3,7 +3,9 @@
 import ast
 import inspect
 import random
+import re
 import textwrap
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -190,15 +192,35 @@ def test_schedule_asks_upstream_once_and_touches_no_request() -> None:
 # What it is made of
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_scheduler_hands_on_what_upstream_is_made_of(kind: type[BalanceScheduler]) -> None:
+    given: dict[str, Any] = {name: object() for name in ("connector", "structured_output_manager", "clock")}
+    scheduler = kind(CONFIG, policy=OpenGate(3), dp_rank=1, dp_size=3, **given)
+    assert {name: getattr(scheduler, name) for name in given} == given
+    assert scheduler.config is CONFIG
+    assert (scheduler.dp_rank, scheduler.dp_size) == (1, 3)
+    assert (scheduler.admission_policy, scheduler.admission_cap) == (OpenGate(3), 3)
+    alone = kind(CONFIG, policy=OpenGate(3))
+    assert (alone.dp_rank, alone.dp_size) == (0, 1)
+    assert alone.clock is time.monotonic
+
+
+def test_scheduler_begins_before_the_first_gather() -> None:
+    scheduler = started(0)
+    assert scheduler.is_open
+    assert (scheduler.num_gathers, scheduler.num_frozen_steps) == (0, 0)
+
+
 def test_scheduler_refuses_a_policy_that_is_none() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"^policy is any_rank_at_cap; .*make_policy"):
+    said = "policy is any_rank_at_cap; allowed: a function of the gathered counts, see make_policy()"
+    with pytest.raises(InvalidArgumentError, match=f"^{re.escape(said)}$"):
         BalanceScheduler(CONFIG, policy="any_rank_at_cap")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_scheduler_refuses_a_policy_of_another_cap(kind: type[BalanceScheduler]) -> None:
     with pytest.raises(
-        InvalidArgumentError, match=r"^policy\.max_num_running_reqs is 4; allowed: max_num_seqs = 3"
+        InvalidArgumentError, match=r"^policy\.max_num_running_reqs is 4; allowed: max_num_seqs = 3$"
     ):
         kind(CONFIG, policy=AnyRankAtCap(4))
 
@@ -206,10 +228,10 @@ def test_scheduler_refuses_a_policy_of_another_cap(kind: type[BalanceScheduler])
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ({"dp_size": 0}, "^dp_size is 0; allowed: an int >= 1"),
-        ({"dp_size": 2.0}, "^dp_size is 2.0"),
-        ({"dp_rank": -1}, "^dp_rank is -1; allowed: an int from 0 to 0"),
-        ({"dp_rank": 2, "dp_size": 2}, "^dp_rank is 2; allowed: an int from 0 to 1"),
+        ({"dp_size": 0}, "^dp_size is 0; allowed: an int >= 1$"),
+        ({"dp_size": 2.0}, "^dp_size is 2.0; allowed: an int >= 1$"),
+        ({"dp_rank": -1}, "^dp_rank is -1; allowed: an int from 0 to 0$"),
+        ({"dp_rank": 2, "dp_size": 2}, "^dp_rank is 2; allowed: an int from 0 to 1$"),
     ],
 )
 def test_scheduler_refuses_a_rank_out_of_range(place: dict[str, Any], said: str) -> None:
@@ -405,6 +427,14 @@ def test_counts_of_a_paused_rank_hold_up_nobody() -> None:
     assert scheduler.counts() == RankCounts(step=3, running=3, waiting=2, saturated=1)
 
 
+def test_counts_of_a_rank_that_is_paused_after_its_step_wait_for_nobody() -> None:
+    scheduler = started(5)
+    step(scheduler)
+    assert step(scheduler).waited == 1
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    assert scheduler.counts() == RankCounts(step=2, running=3)
+
+
 def test_sessions_without_input_do_not_wait_for_admission() -> None:
     scheduler = started(0)
     scheduler.add_request(Request("s", [7] * 5, SamplingParams(max_tokens=1), resumable=True))
@@ -438,6 +468,10 @@ BAD_GATHERS = {
     ),
     "stale": (lambda own: [own, RankCounts(step=own.step - 1)], "rank 1 is at gather 1$"),
     "ahead": (lambda own: [own, RankCounts(step=own.step + 1)], "rank 1 is at gather 3$"),
+    "below 0": (
+        lambda own: [own, RankCounts(step=own.step, waiting=-1)],
+        r"rank 1 contributes RankCounts\(step=2, .*waiting=-1, .*\), below 0$",
+    ),
     "over the cap": (
         lambda own: [own, RankCounts(step=own.step, running=4)],
         "rank 1 runs 4 requests, and max_num_running_reqs is 3 here: it must be the same on all ranks",

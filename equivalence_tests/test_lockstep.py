@@ -2,9 +2,11 @@
 
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ from ascend_twin.scheduler.balance import BalanceScheduler
 from ascend_twin.scheduler.collectives import FORWARD, GATHER, HAS_UNFINISHED, Collective
 from ascend_twin.scheduler.config import SchedulerConfig
 from ascend_twin.scheduler.lifecycle import PauseState
-from ascend_twin.scheduler.lockstep import Lockstep
+from ascend_twin.scheduler.lockstep import Coordinator, Lockstep, Rank
 from ascend_twin.scheduler.workload import RequestSpec
 
 NUM_MIXES = {"dev": 1, "ci": 5, "nightly": 200}
@@ -146,6 +148,15 @@ def test_lockstep_reduces_at_multiples_of_the_interval_only(interval: int) -> No
     assert names(group).count(GATHER) == names(group).count(FORWARD) == num_steps
 
 
+def test_lockstep_reduces_in_every_32nd_turn_and_keeps_1000_collectives_unless_told_otherwise() -> None:
+    _, engines = tiny_group(2)
+    group = Lockstep(engines)
+    group.add_request(0, ("a", 3))
+    assert settle(group) == 32
+    assert [log.maxlen for log in group.transport.logs] == [1000, 1000]
+    assert [log.maxlen for log in Lockstep(engines, log_size=5).transport.logs] == [5, 5]
+
+
 def test_lockstep_costs_nothing_when_all_are_idle() -> None:
     group, engines = tiny_group(4)
     for _ in range(3):
@@ -160,11 +171,130 @@ def test_lockstep_costs_nothing_when_all_are_idle() -> None:
     assert engines[2].finished == ["a"]
 
 
+def test_group_begins_at_rest() -> None:
+    group, _ = tiny_group(2)
+    assert group.num_steps == 0
+    assert group.undelivered() == []
+    for rank in group.ranks:
+        assert (rank.current_wave, rank.num_steps, rank.num_dummy_steps) == (0, 0, 0)
+        assert rank.is_in_wave is False
+    assert group.coordinator.current_wave == 0
+    assert group.coordinator.is_in_wave is False
+
+
+def test_mail_is_under_way_between_those_who_send_and_read_it() -> None:
+    group, engines = tiny_group(3, interval=1)
+    group.add_request(1, ("a", 1))
+    group.add_request(1, ("b", 1))
+    assert group.undelivered() == [("client", 1), ("client", "coordinator")]
+    assert [len(group.mail[between]) for between in group.undelivered()] == [2, 1]  # one wakes all
+    group.abort(0, ["c"])
+    group.set_pause_state(2, PauseState.PAUSED_NEW)
+    assert group.undelivered() == [("client", 1), ("client", "coordinator"), ("client", 0), ("client", 2)]
+    group.deliver("client", 1)
+    assert [len(rank.inbox) for rank in group.ranks] == [0, 1, 0]
+    assert not engines[1].scheduler.waiting  # it is read in the next turn
+    group.deliver("client", "coordinator")
+    of_coordinator: list[Any] = [("coordinator", rank) for rank in (0, 1, 2, "client")]
+    assert group.undelivered() == [("client", 1), ("client", 0), ("client", 2), *of_coordinator]
+    group.deliver_all()
+    assert [len(rank.inbox) for rank in group.ranks] == [2, 3, 2]
+    group.add_request(0, ("d", 1))
+    assert group.undelivered() == [("client", 0)]  # the client knows that the wave runs
+    group.step()
+    assert [engine.finished for engine in engines] == [["d"], ["a", "b"], []]
+    assert group.undelivered() == [(0, "coordinator")]  # the wave is over
+    group.deliver_all()
+    group.add_request(1, ("e", 1))
+    assert group.undelivered() == [("client", 1), ("client", "coordinator")]
+
+
+def test_client_that_gives_up_is_served_no_further() -> None:
+    group, engines = tiny_group(2, interval=1)
+    group.add_request(0, ("a", 50))
+    group.add_request(0, ("b", 3))
+    group.step()
+    group.abort(0, ["a"])
+    assert settle(group) == 2
+    assert [engine.finished for engine in engines] == [["b"], []]
+    assert not engines[0].scheduler.requests
+
+
+def test_coordinator_tells_ranks_what_starts_and_the_client_that_and_what_is_over() -> None:
+    told: list[Any] = []
+    coordinator = Coordinator(told.append, lambda *wave: told.append(wave))
+    for act, wave, expected in (
+        (coordinator.first_request, 0, [0, (0, True)]),
+        (coordinator.first_request, 0, []),
+        (coordinator.start_wave, 0, []),
+        (coordinator.wave_is_over, 0, [(1, False)]),
+        (coordinator.wave_is_over, 0, []),
+        (coordinator.start_wave, 0, []),
+        (coordinator.first_request, 0, [1, (1, True)]),  # by a client that does not know yet
+        (coordinator.start_wave, 3, [3, (3, True)]),
+        (coordinator.wave_is_over, 5, [(6, False)]),
+        (coordinator.start_wave, 6, [6, (6, True)]),
+        (coordinator.wave_is_over, 6, [(7, False)]),
+        (coordinator.first_request, 9, [9, (9, True)]),
+    ):
+        told.clear()
+        act(wave)
+        assert told == expected, (act.__name__, wave)
+        if told:
+            assert coordinator.current_wave == told[-1][0]
+            assert coordinator.is_in_wave is told[-1][1]
+
+
+def test_rank_tells_the_coordinator_of_a_wave_that_nobody_else_knows_of() -> None:
+    _, (engine, _) = tiny_group(2)
+    posted: list[tuple[str, int]] = []
+    rank = Rank(engine, lambda *message: posted.append(message))
+    rank.add_request(("a", 1), 0)
+    assert (posted, rank.current_wave) == ([], 0)  # of the wave that comes: the client wakes the others
+    rank.add_request(("b", 1), 4)
+    assert (posted, rank.current_wave) == ([], 4)
+    rank.add_request(("c", 1), 3)
+    assert posted == [("start_wave", 4)]
+    rank.start_wave(3)
+    assert (rank.current_wave, rank.is_in_wave) == (4, False)
+    rank.start_wave(4)
+    assert (rank.current_wave, rank.is_in_wave) == (4, True)
+    rank.add_request(("d", 1), 3)
+    rank.set_pause_state(PauseState.PAUSED_NEW)
+    rank.set_pause_state(PauseState.UNPAUSED)
+    assert posted == [("start_wave", 4)]  # in the wave it needs no other
+    rank.start_wave(6)
+    assert (rank.current_wave, rank.is_in_wave) == (6, True)
+    assert [request.request_id for request in engine.scheduler.waiting] == ["a", "b", "c", "d"]
+
+
+def test_turn_enters_collectives_and_says_whether_it_was_active() -> None:
+    _, (engine,) = tiny_group(1)
+    rank = Rank(engine, lambda what, wave: None)
+
+    def turn() -> tuple[list[str], bool]:
+        running, entered, rows = rank.turn(), [], None
+        try:
+            while True:
+                collective = running.send(rows)  # type: ignore[arg-type]
+                entered.append(str(collective))
+                rows = (collective.row,)
+        except StopIteration as end:
+            return entered, end.value
+
+    assert turn() == ([], False)
+    rank.add_request(("a", 2), 0)
+    assert turn() == (["forward at step 0", "gather at step 0"], True)
+    assert turn() == (["forward at step 1", "gather at step 1"], True)
+    assert engine.finished == ["a"]
+
+
 def test_rank_runs_dummy_batches_while_another_works() -> None:
     group, _ = tiny_group(3, interval=4)
     group.add_request(0, ("short", 2))
     group.add_request(2, ("long", 7))
     settle(group)
+    assert group.num_steps == 8
     assert [rank.num_steps for rank in group.ranks] == [8, 8, 8]
     assert [rank.num_dummy_steps for rank in group.ranks] == [6, 8, 1]
     forwards = [[c.row[0] for c in log if c.name == FORWARD] for log in group.transport.logs]
@@ -350,15 +480,23 @@ def test_lockstep_names_the_rank_whose_engine_raises() -> None:
             group.advance(rank)
 
 
-@pytest.mark.parametrize("places", [((1, 2), (0, 2)), ((0, 3), (1, 3)), ((0, 2),)])
-def test_lockstep_refuses_engines_of_other_places(places: tuple[tuple[int, int], ...]) -> None:
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (((1, 2), (0, 2)), "engines[0] is rank 1 of 2; allowed: rank 0 of 2"),
+        (((0, 3), (1, 3)), "engines[0] is rank 0 of 3; allowed: rank 0 of 2"),
+        (((0, 2), (0, 2)), "engines[1] is rank 0 of 2; allowed: rank 1 of 2"),
+        (((0, 2),), "engines[0] is rank 0 of 2; allowed: rank 0 of 1"),
+    ],
+)
+def test_lockstep_refuses_engines_of_other_places(places: tuple[tuple[int, int], ...], said: str) -> None:
     config = SchedulerConfig(num_blocks=8, block_size=4, max_num_seqs=1, max_model_len=8)
     policy = make_policy("open_gate", 1)
     engines = [
         TinyEngine(BalanceScheduler(config, policy=policy, dp_rank=rank, dp_size=size))
         for rank, size in places
     ]
-    with pytest.raises(InvalidArgumentError, match=r"^engines\[0\] is rank \d of \d; allowed: rank 0 of"):
+    with pytest.raises(InvalidArgumentError, match=f"^{re.escape(said)}$"):
         Lockstep(engines)
 
 
@@ -380,18 +518,20 @@ def test_lockstep_refuses_ranks_that_would_decide_differently(cap: int, policy: 
 
 
 def test_lockstep_refuses_no_engine_and_a_rank_that_is_none() -> None:
-    with pytest.raises(InvalidArgumentError, match="engines is"):
+    with pytest.raises(InvalidArgumentError, match=r"^engines is \[\]; allowed: at least one$"):
         Lockstep([])
     group, _ = tiny_group(2)
-    with pytest.raises(InvalidArgumentError, match="rank is -1; allowed: an int from 0 to 1"):
-        group.add_request(-1, ("a", 2))
+    for rank in (-1, 2):
+        with pytest.raises(InvalidArgumentError, match=f"^rank is {rank}; allowed: an int from 0 to 1$"):
+            group.add_request(rank, ("a", 2))
 
 
 @pytest.mark.parametrize("interval", [0, -1, 1.5, True])
 def test_lockstep_refuses_an_interval_that_is_none(interval: object) -> None:
     config = SchedulerConfig(num_blocks=8, block_size=4, max_num_seqs=1, max_model_len=8)
     engine = TinyEngine(BalanceScheduler(config, policy=make_policy("open_gate", 1)))
-    with pytest.raises(InvalidArgumentError, match="finish_check_interval"):
+    said = f"finish_check_interval is {interval}; allowed: an int >= 1"
+    with pytest.raises(InvalidArgumentError, match=f"^{re.escape(said)}$"):
         Lockstep([engine], finish_check_interval=interval)  # type: ignore[arg-type]
 
 
@@ -404,6 +544,20 @@ def test_lockstep_says_who_waits_for_whom_though_the_one_that_waits_has_unread_m
     group.abort(0, ["a"])
     with pytest.raises(LockstepError, match=r"^rank 0 waits in forward at step 0, .*idle for ever: rank 1$"):
         group.step()
+
+
+def test_lockstep_sees_no_stall_while_mail_may_wake_who_is_idle() -> None:
+    group, _ = tiny_group(2)
+    group.add_request(0, ("a", 2))
+    group.deliver("client", 0)
+    group.advance(0)
+    group.refuse_stall()  # mail is under way
+    group.deliver_all()
+    assert group.undelivered() == []
+    group.refuse_stall()  # it is in the inbox of rank 1
+    group.ranks[1].inbox.clear()
+    with pytest.raises(LockstepError, match=r"^rank 0 waits in forward at step 0, .*idle for ever: rank 1$"):
+        group.refuse_stall()
 
 
 # What check_logs refuses, so that it is known to look

@@ -6,6 +6,8 @@ ring and mutants of it: the ring must pass all of them, every mutant must fail.
 
 import dataclasses
 import gc
+import re
+import weakref
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -416,8 +418,9 @@ def test_stage_raises_when_every_slot_is_held(depth: int) -> None:
     world = World(depth=depth)
     for _ in range(depth):
         world.stage()
+    said = "release() earlier leases (or drop their metadata), or make the ring deeper"
     for _ in range(3):
-        with pytest.raises(StagingError, match=rf"all {depth} slots are held: release\(\).*deeper"):
+        with pytest.raises(StagingError, match=rf"^all {depth} slots are held: {re.escape(said)}$"):
             world.ring.stage(1, lambda out: pytest.fail("a held slot was written"))
     assert world.ring.copies == depth
     world.consume(0)
@@ -426,6 +429,26 @@ def test_stage_raises_when_every_slot_is_held(depth: int) -> None:
     for n in range(depth):
         world.consume(n)
     world.check()
+
+
+def test_ring_has_two_slots_unless_told_otherwise() -> None:
+    ring = StagingRing(SimulatedDevice(), CAPACITY)
+    held = [_staged(ring, n) for n in range(2)]
+    with pytest.raises(StagingError, match="all 2 slots are held"):
+        _staged(ring, 2)
+    assert not any(lease.released for lease in held)
+
+
+def test_ring_waits_for_its_copies_and_frees_its_memory_when_it_is_dropped() -> None:
+    ring = StagingRing(SimulatedDevice(), CAPACITY)
+    for value in (1, 2):
+        _staged(ring, value).release()
+    copies = [slot.copy_done for slot in ring._free]
+    memory = [weakref.ref(slot.host) for slot in ring._free]
+    assert not any(copy.query() for copy in copies)
+    del ring
+    assert all(copy.query() for copy in copies)
+    assert [host() for host in memory] == [None, None]
 
 
 def test_slot_comes_back_when_its_lease_is_garbage() -> None:
@@ -449,6 +472,14 @@ def test_releasing_twice_gives_the_slot_back_once() -> None:
     with pytest.raises(StagingError, match="all 1 slots are held"):
         _staged(ring, 3)
     held.release()
+
+
+def test_lease_knows_whether_it_was_released() -> None:
+    ring = StagingRing(SimulatedDevice(), CAPACITY, depth=2)
+    lease, other = _staged(ring, 1), _staged(ring, 2)
+    assert (lease.released, other.released) == (False, False)
+    lease.release()
+    assert (lease.released, other.released) == (True, False)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
