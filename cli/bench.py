@@ -31,10 +31,13 @@ import importlib.util
 import itertools
 import json
 import sys
+import tempfile
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,9 +57,12 @@ from ..equivalence_tests.tolerances import Errors, limit
 from ..equivalence_tests.vllm017 import VLLMEngine
 from ..equivalence_tests.vllm_balance import real_engine
 from ..equivalence_tests.vllm_batches import Row, Step
+from ..fixtures.record import Recorder, RecordSettings
 from ..optimized.gdn import ChunkMetadata, ChunkMetadataBuilder, open_device
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
 from ..optimized.gdn.device import Device
+from ..optimized.gdn.recording import recorded
+from ..optimized.vllm.gdn_layer import OF_LAYER, switched
 from ..optimized.vllm.plugin import register
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule, metadata
@@ -557,6 +563,69 @@ class _BalanceEngine(OurEngine):
     schedulers: Any = (_balance_scheduler,)
 
 
+class _SmallPrefill(NamedTuple):
+    """A prefill step of one rank of eight: much to copy for a recording, little to compute."""
+
+    inputs: list[torch.Tensor]
+    options: dict[str, Any]
+
+    @classmethod
+    def make(cls) -> "_SmallPrefill":
+        num_heads, num_value_heads, seq_lens = H // 8, HV // 8, [64] * 4
+        inputs = _tensors(sum(seq_lens), num_heads, num_value_heads, torch.bfloat16)
+        options: dict[str, Any] = {
+            "prebuilt_meta": _builder(seq_lens, num_value_heads).build(_query_start_loc(seq_lens)),
+            "initial_state": torch.zeros(len(seq_lens), num_value_heads, D, D),
+            "output_final_state": True,
+            "use_qk_l2norm_in_kernel": True,
+        }
+        return cls(inputs, options)
+
+    def run(self, op: Callable[..., Any] = optimized_chunk_gated_delta_rule) -> object:
+        return op(*self.inputs, **self.options)
+
+
+def _recording_contest(every: int) -> Contest:
+    """As many calls as there is one recording in, with what is written meanwhile."""
+
+    def start() -> Pair:
+        step, folder = _SmallPrefill.make(), tempfile.TemporaryDirectory()
+        op = recorded(Recorder(RecordSettings(Path(folder.name), every=every)))
+
+        def ours(folder: object = folder) -> None:  # which goes when nobody records into it any more
+            for _ in range(every):
+                step.run(op)
+
+        def peer() -> None:
+            for _ in range(every):
+                step.run()
+
+        return Pair(f"{every} calls, 1 recorded", ours, f"{every} calls", peer)
+
+    return Contest(f"recording 1 in {every} calls of eager, 256 tokens, H 2, HV 4, against none", start)
+
+
+def _no_recording_contest() -> Contest:
+    """The way to the kernel through a layer that neither records nor has another core."""
+
+    def start() -> Pair:
+        step = _SmallPrefill.make()
+        setattr(step.inputs[0], OF_LAYER, SimpleNamespace(prefill_core=None, call_recorder=None))
+
+        def kernel(query: torch.Tensor) -> object:
+            return step.run()
+
+        through_layer = functools.partial(switched(kernel), query=step.inputs[0])
+        nothing = functools.partial(switched(lambda query: None), query=step.inputs[0])
+        with torch.inference_mode():
+            added = min(timeit.repeat(nothing, number=10_000)) / 10_000
+            whole = min(timeit.repeat(step.run, number=3)) / 3
+        note = f"{added * 1e9:.0f} ns a call, {added / whole:.4%} of it"
+        return Pair("eager, recording switched off", through_layer, "eager", step.run, note)
+
+    return Contest("recording switched off, 256 tokens, H 2, HV 4, against no layer", start)
+
+
 class _ScheduledDecodes:
     """A scheduler with running requests, which start anew before they get long.
 
@@ -630,6 +699,8 @@ CONTESTS = (
     _policy_contest(64),
     *(_plugin_contest(num_running) for num_running in (64, 256)),
     _gather_contest(64),
+    _recording_contest(100),
+    _no_recording_contest(),
 )
 
 

@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ from ..optimized.gdn.ascend_compile import (
 from ..optimized.gdn.models import MODELS, TENSOR_PARALLEL_SIZES, Shape
 from ..reference.errors import invalid_argument
 from ..reference.gdn.inputs import check_choice
-from .output_files import check_writable, write_atomically
-
-_COLORS = ("#4c78a8", "#f2a900", "#54a24b", "#9d6bb3")
+from . import junit, report
+from .compile_report import compile_junit, compile_report, memory_plot
+from .output_files import check_apart, write_atomically
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Options:
         tp: tensor-parallel sizes; `TENSOR_PARALLEL_SIZES`, if empty.
         targets: keys of `TARGETS`; all, if empty.
         implementations: keys of `IMPLEMENTATIONS`; all that launch Triton kernels, if empty.
-        json, plot: files to write, or None.
+        json, plot, html, junit: files to write, or None.
     """
 
     models: Sequence[str] = ()
@@ -69,6 +69,8 @@ class Options:
     implementations: Sequence[str] = ()
     json: Path | None = None
     plot: Path | None = None
+    html: Path | None = None
+    junit: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,21 @@ def run_compile(options: Options) -> int:
         outcomes = _compile(pool, jobs, options.targets)
     rows, seconds = tabulate(outcomes), time.perf_counter() - start
     _print(rows, outcomes, options, seconds)
-    if options.json is not None:
-        text = json.dumps(_as_json(rows, outcomes, options, seconds), indent=2) + "\n"
-        write_atomically("--json", options.json, lambda path: path.write_text(text, encoding="utf-8"))
-    if options.plot is not None:
-        write_atomically("--plot", options.plot, lambda path: _plot(outcomes, options.targets, path))
+    _write(options, _as_json(rows, outcomes, options, seconds))
     return 1 if any(row.failed for row in rows) else 0
+
+
+def _write(options: Options, result: dict[str, Any]) -> None:
+    """The files that were asked for."""
+    if options.json:
+        text = json.dumps(result, indent=2) + "\n"
+        write_atomically("--json", options.json, lambda path: path.write_text(text, encoding="utf-8"))
+    if options.plot:
+        write_atomically("--plot", options.plot, memory_plot(result).savefig)
+    if options.html:
+        report.write_html(options.html, compile_report(result))
+    if options.junit:
+        junit.write_junit(options.junit, compile_junit(result))
 
 
 def _check(options: Options) -> Options:
@@ -184,23 +195,25 @@ def _check(options: Options) -> Options:
     ):
         for name in names:
             check_choice(option, name, tuple(known))
-    if options.json is not None:
-        check_writable("--json", options.json)
-    if options.plot is not None:
-        check_writable("--plot", options.plot, (".png", ".svg", ".pdf"))
+    outputs = {
+        "--json": (options.json, ()),
+        "--plot": (options.plot, (".png", ".svg", ".pdf")),
+        "--html": (options.html, report.SUFFIXES),
+        "--junit": (options.junit, junit.SUFFIXES),
+    }
+    check_apart(outputs, {})
     models = tuple(dict.fromkeys(options.models)) or tuple(MODELS)
     sizes = tuple(dict.fromkeys(options.tp)) or TENSOR_PARALLEL_SIZES
     for name in models:
         for tp in sizes:
             MODELS[name].shape(tp)
     check_installed()
-    return Options(
-        models,
-        sizes,
-        tuple(dict.fromkeys(options.targets)) or tuple(TARGETS),
-        tuple(dict.fromkeys(options.implementations)),
-        options.json,
-        options.plot,
+    return replace(
+        options,
+        models=models,
+        tp=sizes,
+        targets=tuple(dict.fromkeys(options.targets)) or tuple(TARGETS),
+        implementations=tuple(dict.fromkeys(options.implementations)),
     )
 
 
@@ -355,37 +368,3 @@ def _outcome_as_json(outcome: Outcome) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """The value where JSON has its like, else as text (a dtype)."""
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _plot(outcomes: Sequence[Outcome], targets: Sequence[str], path: Path) -> None:
-    """Bars of the most that each kernel takes of each memory on each target, written to `path`."""
-    from matplotlib.figure import Figure
-
-    by_target = {t: tabulate(o for o in outcomes if o.compiled.target == t) for t in targets}
-    rows = tabulate(outcomes)[::-1]
-    positions = {row.kernel: i for i, row in enumerate(rows)}
-    spaces = _spaces(rows)
-    height = 0.8 / len(targets)
-    figure = Figure(figsize=(14, 2.5 + 0.22 * len(rows) * len(targets)), layout="constrained")
-    axes = figure.subplots(1, max(1, len(spaces)), sharey=True, squeeze=False)[0]
-    for axis, space in zip(axes, spaces, strict=False):
-        limits = {o.compiled.target: o.compiled.limits.get(space, 0) // 1024 for o in outcomes}
-        for i, (target, of_target) in enumerate(by_target.items()):
-            worst = {row.kernel: row.worst[space] for row in of_target if space in row.worst}
-            bars = axis.barh(
-                [positions[kernel] + 0.4 - (i + 0.5) * height for kernel in worst],
-                [100 * w.usage for w in worst.values()],
-                height,
-                label=target,
-                color=_COLORS[i % len(_COLORS)],
-            )
-            axis.bar_label(bars, [f"{w.bytes / 1024:.4g}" for w in worst.values()], padding=2, fontsize=7)
-        axis.axvline(100, color="#222222", linewidth=1)
-        axis.set_title(f"{space}, KiB: {', '.join(f'{limits[t]} ({t})' for t in targets)}", fontsize=8)
-        axis.set_xlabel("% of the limit (labels: KiB)")
-        axis.set_xlim(0, max(115, min(250, 1.1 * axis.get_xlim()[1])))
-    axes[0].set_yticks(
-        range(len(rows)), [f"{row.kernel}{', DOES NOT FIT' if row.failed else ''}" for row in rows]
-    )
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(targets))
-    figure.savefig(path)

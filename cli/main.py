@@ -51,11 +51,13 @@ def main(
     \b
     ascend-twin doctor    what can run on this machine, and what cannot, and why
     ascend-twin verify    do the two agree? No file and no accelerator needed; also of vLLM's scheduler
+    ascend-twin replay    a recorded case: which stage, sequence and head went wrong first?
     ascend-twin simulate  what does an admission policy do to throughput and latency of data-parallel ranks?
     ascend-twin fit       the cost of a step for simulate, from measured steps or from a benchmark row
     ascend-twin published a published gain of balance scheduling, predicted from its baseline row alone
     ascend-twin bench     how fast is ours, against the implementations of others
     ascend-twin compile   does every kernel fit on an Ascend NPU? No NPU needed
+    ascend-twin mutants   real bugs put back into this package: does every one of them get caught?
     """
 
 
@@ -111,8 +113,8 @@ def verify(
         ),
     ] = None,
     failures: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="scheduler: where scenarios that fail are saved.")
-    ] = Path("scheduler_failures"),
+        Path, typer.Option(metavar="FOLDER", help="Where the smallest that fails is saved.")
+    ] = Path("failures"),
     max_num_batched_tokens: Annotated[
         int | None,
         typer.Option(max=2**20, help="Tokens of a step, at most. Default: 1024; 256 interpreted."),
@@ -142,6 +144,13 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="Also write the result there (cli/verify.py: the fields)."),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a report there, one .html file.")
+    ] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write JUnit XML there, for CI systems (.xml; docs/ci.md)."),
+    ] = None,
 ) -> None:
     """Do the plain and the optimized twin agree?
 
@@ -165,13 +174,14 @@ def verify(
     ascend-twin verify --suite scheduler
     ascend-twin verify --suite scheduler --against vllm --trace conversation.jsonl
     ascend-twin verify --trace conversation.jsonl --cases 100 --json result.json
+    ascend-twin verify --html report.html --junit junit.xml
     ascend-twin verify --implementation fused                 # interpreted, where there is no device
     ascend-twin verify --device npu --max-num-batched-tokens 8192 --max-num-seqs 64
     ascend-twin verify --num-heads 4 --num-value-heads 8      # a rank of Qwen3-Next at TP 4
 
-    Exit status: 0 they agree; 1 they differ, and the smallest failing batch is printed as code that
-    reproduces it (a scheduler's is saved); 2 the input is wrong or the device is not there, said in one
-    line; 130 it was interrupted.
+    Exit status: 0 they agree; 1 they differ, and the smallest that fails is saved for `ascend-twin replay` (a
+    batch is also printed as code that reproduces it); 2 the input is wrong or the device is not there, said
+    in one line; 130 it was interrupted.
     """
     _refuse_options_without_effect(ctx, suite)
     if suite == "scheduler":
@@ -179,7 +189,7 @@ def verify(
 
         raise typer.Exit(
             run_verify_scheduler(
-                Options(against, trace, requests, scenario, profile, cases, seed, failures, json)
+                Options(against, trace, requests, scenario, profile, cases, seed, failures, json, html, junit)
             )
         )
     # Before torch is imported. Its OpenMP threads otherwise spin while they wait, and where other processes
@@ -201,15 +211,18 @@ def verify(
         HV=num_value_heads,
         K=head_dim_k,
         V=head_dim_v,
+        failures=failures,
         json=json,
+        html=html,
+        junit=junit,
     )
     raise typer.Exit(run_verify(options))
 
 
 def _refuse_options_without_effect(ctx: typer.Context, suite: str) -> None:
     """An option that would have no effect is an error, where it is given on the command line."""
-    both = {"suite", "trace", "profile", "cases", "seed", "json"}
-    scheduler = {"against", "requests", "scenario", "failures"}
+    both = {"suite", "trace", "profile", "cases", "seed", "failures", "json", "html", "junit"}
+    scheduler = {"against", "requests", "scenario"}
     suites = {"gdn": set(ctx.params) - scheduler, "scheduler": both | scheduler}
     if suite not in suites:
         invalid_argument("--suite", suite, f"one of {', '.join(suites)}")
@@ -226,6 +239,88 @@ def _refuse_options_without_effect(ctx: typer.Context, suite: str) -> None:
                     invalid_argument(f"--{name}", ctx.params[name], f"not together with --{run}")
         if "requests" in given and "trace" not in given:
             invalid_argument("--requests", ctx.params["requests"], "only together with --trace")
+
+
+@app.command(short_help="Which stage, sequence and head of a recorded case went wrong first?")
+def replay(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="Recorded cases (.safetensors, .jsonl; docs/recording.md says how they are made), or "
+            "folders of them.",
+        ),
+    ],
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where a call is run again: cpu, cuda, npu, or cuda:INDEX, npu:INDEX; sim is a simulated "
+            "accelerator that runs everything as late as it may."
+        ),
+    ] = "cpu",
+    implementation: Annotated[
+        str | None,
+        typer.Option(
+            help="What is run again: of a call eager, staged, fused or reference (default: eager on cpu, "
+            "else fused); of a scheduler plain or vllm (default: what does what was recorded)."
+        ),
+    ] = None,
+    minimize: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also look for a smaller case with the same finding, and write it there."
+        ),
+    ] = None,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also draw the error by chunk and head there (.png, .svg or .pdf)."
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a report there, one .html file.")
+    ] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write JUnit XML there, for CI systems (.xml; docs/ci.md)."),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the result there (cli/replay.py: the fields)."),
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, metavar="BYTES", help="Size of a file, at most.")] = 256
+    * 2**20,
+) -> None:
+    """Which stage, sequence, chunk, token and head of a recorded case went wrong first, and what does it look
+    like?
+
+    A call of the op: its chunk metadata are compared with the definition, exactly; what each stage gave, if
+    that was recorded, with the reference stage on what it was given; output and final states with the
+    definition, token by token in float64. Where nothing but these was seen, known mistakes are made on
+    purpose, one at a time, and the one that gives what was seen is named: a state that was dropped or
+    transposed, the gate of another head, tokens that no chunk holds. Then the call is run again, stage by
+    stage, and compared in the same way: is the implementation of today right about it?
+
+    A scheduler's life: it is driven again by the recorded events, and the first step and field that differ
+    are shown. Collectives: the first that does not fit those of the other ranks.
+
+    \b
+    ascend-twin replay gdn-layer0-step12.safetensors
+    ascend-twin replay gdn-layer0-step12.safetensors --device npu --implementation fused
+    ascend-twin replay gdn-layer0-step12.safetensors --minimize small.safetensors --heatmap error.png
+    ascend-twin replay fixtures/cases/gdn --html report.html --junit junit.xml
+
+    Exit status: 0 nothing differs; 1 something does; 2 the input is wrong, or what it takes is not there,
+    said in one line; 130 it was interrupted.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from .replay import Options, run_replay
+
+    raise typer.Exit(
+        run_replay(
+            Options(tuple(files), device, implementation, max_bytes, minimize, heatmap, html, junit, json)
+        )
+    )
 
 
 @app.command(short_help="What can run on this machine, what cannot, and why.")
@@ -546,6 +641,13 @@ def compile_kernels(
         Path | None,
         typer.Option(metavar="FILE", help="Also draw the memory use there (.png, .svg or .pdf)."),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a report there, one .html file.")
+    ] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write JUnit XML there, for CI systems (.xml; docs/ci.md)."),
+    ] = None,
 ) -> None:
     """Does every kernel fit on chip, for the shapes that each rank of each model has?
 
@@ -559,13 +661,14 @@ def compile_kernels(
     ascend-twin compile
     ascend-twin compile --model Qwen3.5-27B --tp 4 --target 910B1
     ascend-twin compile --implementation fused --json memory.json --plot memory.png
+    ascend-twin compile --html report.html --junit junit.xml
 
     Exit status: 0 everything fits; 1 something does not, and the compiler's message is printed; 2 the input
     is wrong or the compilers are not installed, said in one line.
     """
     from .compile import Options, run_compile
 
-    options = Options(model or (), tp or (), target or (), implementation or (), json, plot)
+    options = Options(model or (), tp or (), target or (), implementation or (), json, plot, html, junit)
     raise typer.Exit(run_compile(options))
 
 
@@ -702,3 +805,78 @@ def _refuse_fit_options_without_effect(ctx: typer.Context, row: str | None, plot
             is_of_row = name not in ("source", "free", "row", "output", "json", "plot")
             if is_of_row and origin and origin.name == "COMMANDLINE":
                 invalid_argument(f"--{name.replace('_', '-')}", value, "only together with --row")
+
+
+@app.command(short_help="Real bugs put back: does every one of them get caught?")
+def mutants(
+    name: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Bugs, as --list names them. Default: all."),
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="List the bugs, and run nothing.")] = False,
+    area: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Bugs of this area only: metadata, numerics, 'async copies', balance, scheduler or 'data "
+            "parallel'. May be repeated.",
+        ),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run this suite only, on the bugs that it is for, as 'metadata coverage'. May be repeated.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes. Default: one a core.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1, metavar="S", help="Seconds for all suites of a bug, at most.")
+    ] = 120.0,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the result there (cli/mutants.py: the fields)."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a report there, one .html file.")
+    ] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the result there as JUnit XML, for CI systems."),
+    ] = None,
+) -> None:
+    """Real bugs put back: does every one of them get caught?
+
+    Bugs of vllm-ascend, vLLM, flash-linear-attention and others, each as a change of one place of this
+    package's own source, made while the module is imported, in a process of its own: no file is changed.
+    Suites are run on each: the tests and properties of this package, over a few small cases. A table says
+    which of them found it, and at which case. All suites must pass the code as it is, which is checked too.
+
+    \b
+    ascend-twin mutants
+    ascend-twin mutants --list --area numerics
+    ascend-twin mutants compact_ranks state_stored_transposed
+    ascend-twin mutants --area 'data parallel' --jobs 1 --json result.json
+    ascend-twin mutants --suite 'metadata coverage' --html report.html --junit junit.xml
+
+    Exit status: 0 all are caught; 1 something survived, or took longer than --timeout, or a suite does not
+    pass the code as it is; 2 the input is wrong, said in one line; 130 it was interrupted.
+    """
+    from .mutants import Options, list_mutants, run_mutants
+
+    options = Options(
+        names=tuple(name or ()),
+        area=tuple(area or ()),
+        suite=tuple(suite or ()),
+        jobs=jobs or os.cpu_count() or 1,
+        timeout=timeout,
+        json=json,
+        html=html,
+        junit=junit,
+    )
+    if list_only:
+        list_mutants(options)
+    else:
+        raise typer.Exit(run_mutants(options))

@@ -1,10 +1,18 @@
 """Files that a command writes: checked before any work, written in one step after it."""
 
 import os
+import re
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ..reference.errors import invalid_argument
+
+# What XML refuses, control characters, and those that turn the direction of text.
+_UNPRINTABLE = re.compile(
+    r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]"
+)
 
 
 def check_writable(option: str, path: Path, suffixes: tuple[str, ...] = ()) -> None:
@@ -46,6 +54,22 @@ def check_apart(
             invalid_argument(option, path, f"another file than that of {other}")
 
 
+def check_folder(option: str, path: Path) -> None:
+    """Raise InvalidArgumentError unless files can be written to `path`, a folder that may have to be made."""
+    made = []
+    try:
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        invalid_argument(option, path, f"a folder that can be written ({error.strerror or error})")
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
 def write_atomically(option: str, path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it there in one step."""
     temporary = _temporary(path)
@@ -56,6 +80,11 @@ def write_atomically(option: str, path: Path, write: Callable[[Path], object]) -
         invalid_argument(option, path, f"a file that can be written ({error.strerror or error})")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def printable(text: str) -> str:
+    """The text with an escape (`\\x1b`) for what HTML or XML may not hold, and for what deceives."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _temporary(path: Path) -> Path:

@@ -36,6 +36,7 @@ from ..scheduler.simulation import ROUTINGS, SimulationSetup
 from ..scheduler.traces import TraceRequest, read_trace
 from ..scheduler.workload import mix_from_trace
 from ..scheduler.workloads import WORKLOADS, make_requests
+from . import report
 from .output_files import check_apart, write_atomically
 from .parallel import run_jobs
 from .progress import progress
@@ -149,7 +150,7 @@ def prepare(options: Options) -> Plan:
 def _check_outputs(options: Options) -> None:
     outputs = {
         "--json": (options.json, ()),
-        "--html": (options.html, (".html", ".htm")),
+        "--html": (options.html, report.SUFFIXES),
         "--timeline": (options.timeline, (".json",)),
     }
     source = options.source if options.is_trace else None
@@ -261,10 +262,9 @@ def _write(plan: Plan, rows: Sequence[Row]) -> None:
         write_atomically("--json", options.json, lambda file: file.write_text(text, encoding="utf-8"))
     results = [(f"{row.policy}, DP {row.dp_size}", row.result) for row in rows if row.result]
     if options.html:
-        from .simulate_report import report
+        from .simulate_report import simulate_report
 
-        page = report(headline(plan), plan.command, as_json(plan, rows), rows)
-        write_atomically("--html", options.html, lambda file: file.write_text(page, encoding="utf-8"))
+        report.write_html(options.html, simulate_report(headline(plan), as_json(plan, rows), rows))
     if options.timeline:
         from .simulate_timeline import write_timeline
 

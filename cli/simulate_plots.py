@@ -1,6 +1,5 @@
-"""The plots of `ascend-twin simulate --html`, as SVG text that is the same for the same rows."""
+"""The plots of `ascend-twin simulate --html`."""
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ CAUSES = (
 COLORS = ("#9aa5b1", "#c9a227", "#6a994e", "#e07a5f", "#b5202c", "#3d6fb6")
 
 
-def running_plot(rows: Sequence[Row]) -> str:
+def running_plot(rows: Sequence[Row]) -> Figure:
     """Running and waiting requests of each rank over time, a line of two panels for each row."""
     figure, axes = _panels(len(rows), 2, "time, s", of_time=True)
     for row, (left, right) in zip(rows, axes, strict=True):
@@ -44,10 +43,10 @@ def running_plot(rows: Sequence[Row]) -> str:
     _share_limits(axes)
     if rows[0].dp_size <= MOST_CURVES:
         axes[0][1].legend(fontsize="x-small", ncols=2)
-    return _as_svg(figure, "running")
+    return figure
 
 
-def cost_plot(rows: Sequence[Row]) -> str:
+def cost_plot(rows: Sequence[Row]) -> Figure:
     """Where the time goes: a bar of the whole run for each row, and below it their course, a panel each."""
     figure, axes = _panels(1 + len(rows), 1, "time, s", of_time=True)
     top, *below = axes[:, 0]
@@ -66,10 +65,10 @@ def cost_plot(rows: Sequence[Row]) -> str:
         ax.set(title=f"{row.policy}: share of time", ylim=(0, 1))
     _share_limits(axes[1:])
     figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    return _as_svg(figure, "cost")
+    return figure
 
 
-def latency_plot(rows: Sequence[Row]) -> str:
+def latency_plot(rows: Sequence[Row]) -> Figure:
     """Distributions of TTFT, TPOT and ITL, a curve for each row."""
     figure, axes = _panels(1, 3, "ms")
     latencies: dict[str, Callable[[SimulationResult], np.ndarray]] = {
@@ -87,10 +86,10 @@ def latency_plot(rows: Sequence[Row]) -> str:
         _make_logarithmic(ax)
     axes[0][0].set_ylabel("share of requests, of tokens for ITL")
     axes[0][0].legend(fontsize="x-small")
-    return _as_svg(figure, "latency")
+    return figure
 
 
-def trade_off_plot(rows: Sequence[Row]) -> str:
+def trade_off_plot(rows: Sequence[Row]) -> Figure:
     """TTFT against output throughput: a point for each seed, colours are policies and markers DP sizes."""
     figure, axes = _panels(1, 2, "output tokens/s")
     policies, sizes = (
@@ -109,7 +108,7 @@ def trade_off_plot(rows: Sequence[Row]) -> str:
         ax.set(title=f"TTFT, {title}", ylabel="s")
         ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     axes[0][0].legend(fontsize="x-small")
-    return _as_svg(figure, "trade_off")
+    return figure
 
 
 def causes_ms(result: SimulationResult) -> np.ndarray:
@@ -185,13 +184,3 @@ def _share_limits(axes: Any) -> None:
 def _result(row: Row) -> SimulationResult:
     assert row.result is not None
     return row.result
-
-
-def _as_svg(figure: Figure, name: str) -> str:
-    text = io.StringIO()
-    settings: Any = {"svg.hashsalt": name, "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings):
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", metadata=metadata)
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]

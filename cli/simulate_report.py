@@ -1,44 +1,14 @@
-"""The report of `ascend-twin simulate --html`: one file that needs no other, and no network."""
+"""The report of `ascend-twin simulate --html`."""
 
-import re
 from collections.abc import Mapping, Sequence
-from html import escape
-from string import Template
 from typing import Any
 
+from ..equivalence_tests.run_on_device import versions
 from ..scheduler.cost import PARAMETERS
+from . import report
 from .simulate_plots import cost_plot, latency_plot, running_plot, trade_off_plot
 from .simulate_runs import Row
-from .simulate_tables import LEFT, tables
-
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>$title</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; color: #1d2733; max-width: 1080px; margin: 2em auto; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; }
-pre { background: #f3f5f7; padding: 0.7em; overflow-x: auto; white-space: pre-wrap; }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.15em 0.7em; text-align: right; border-bottom: 1px solid #dde2e7; white-space: nowrap; }
-th { vertical-align: bottom; white-space: pre; } .text { text-align: left; white-space: pre-wrap; }
-figure { margin: 1em 0; } figcaption { color: #52606d; } svg { max-width: 100%; height: auto; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<pre>$headline</pre>
-<p>This command makes it again:</p>
-<pre>$command</pre>
-<h2>Throughput and latency</h2>
-$tables
-$plots
-<h2>Setup</h2>
-$setup
-</body>
-</html>
-""")
+from .simulate_tables import LEFT, mean_ratio, tables
 
 TRADE_OFF = "TTFT against output throughput: right is more, low is sooner. A point for each seed."
 LATENCY = "How many of the requests, or of the tokens, took at most so long."
@@ -49,55 +19,79 @@ COST = (
 RUNNING = "Requests of each rank. Where curves lie apart, ranks are loaded unevenly."
 
 
-def report(headline: str, command: str, data: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The page.
+def simulate_report(headline: str, data: Mapping[str, Any], rows: Sequence[Row]) -> report.Report:
+    """The report of a simulation.
 
     Args:
         headline: what is simulated, in some lines.
-        command: that makes it again.
-        data: the object of `--json`, for its `config` and `cost`.
+        data: the object of `--json`.
         rows: each with the result of its first seed.
     """
-    plots = ["<h2>TTFT against throughput</h2>", _figure("trade", trade_off_plot(rows), TRADE_OFF)]
+    sections = [
+        report.Section("Throughput and latency", [headline, *(_table(*table) for table in tables(rows))]),
+        report.Section(
+            "TTFT against throughput",
+            [report.drawn(trade_off_plot(rows), "TTFT against throughput", TRADE_OFF)],
+        ),
+    ]
     for dp_size in dict.fromkeys(row.dp_size for row in rows):
         own = [row for row in rows if row.dp_size == dp_size]
-        plots.append(f"<h2>DP {dp_size}, first seed</h2>")
-        plots.append(_figure(f"latency{dp_size}", latency_plot(own), LATENCY))
-        plots.append(_figure(f"cost{dp_size}", cost_plot(own), COST))
-        plots.append(_figure(f"running{dp_size}", running_plot(own), RUNNING))
-    return PAGE.substitute(
+        plots = [
+            report.drawn(latency_plot(own), f"Distributions of latencies, DP {dp_size}", LATENCY),
+            report.drawn(cost_plot(own), f"Where the time goes, DP {dp_size}", COST),
+            report.drawn(
+                running_plot(own), f"Running and waiting requests of each rank, DP {dp_size}", RUNNING
+            ),
+        ]
+        sections.append(report.Section(f"DP {dp_size}, first seed", plots))
+    return report.Report(
         title="Data-parallel ranks by admission policy",
-        headline=escape(headline),
-        command=escape(command),
-        tables="\n".join(_table(*table) for table in tables(rows)),
-        plots="\n".join(plots),
-        setup=_setup(data),
+        status="done",
+        verdict=_verdict(rows),
+        command=data["command"],
+        facts=_facts(data),
+        sections=[*sections, _setup(data)],
+        versions=versions(),
     )
 
 
-def _figure(name: str, svg: str, caption: str) -> str:
-    """With ids of its own: in one page, no two may be alike."""
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return f'<figure id="{name}">\n{svg}\n<figcaption>{escape(caption)}</figcaption>\n</figure>'
+def _verdict(rows: Sequence[Row]) -> str:
+    """How each policy compares with the first one."""
+    first = rows[0].policy
+    others = [row for row in rows if row.policy != first]
+    if not others:
+        return f"{first}: there is no other policy to compare it with."
+    ratios = "; ".join(f"{row.policy} at DP {row.dp_size}: {mean_ratio(row)}" for row in others)
+    return f"Output throughput over that of {first}: {ratios}."
 
 
-def _setup(data: Mapping[str, Any]) -> str:
-    cost = [(f"{name}", f"{data['cost'][name]:g}", p.meaning) for name, p in PARAMETERS.items()]
-    config = [(name, str(value)) for name, value in data["config"].items()]
-    source = f"<p>Source of the cost model: {escape(data['cost']['source'] or 'not stated')}</p>"
-    return "\n".join(
-        [_table(("parameter", "", "meaning"), *cost), source, _table(("each rank", ""), *config)]
+def _facts(data: Mapping[str, Any]) -> dict[str, str]:
+    workload = data["workload"]
+    runs = data["rows"][0]["runs"]
+    return {
+        "workload": workload["source"],
+        "requests": f"{workload['requests']:,}",
+        "tokens": f"{workload['prompt_tokens']:,} of prompts, {workload['output_tokens']:,} of outputs",
+        "seeds": ", ".join(str(run["seed"]) for run in runs),
+    }
+
+
+def _setup(data: Mapping[str, Any]) -> report.Section:
+    cost = [
+        report.Row((name, f"{data['cost'][name]:g}", parameter.meaning))
+        for name, parameter in PARAMETERS.items()
+    ]
+    config = [report.Row((name, str(value))) for name, value in data["config"].items()]
+    return report.Section(
+        "Setup",
+        [
+            report.Table(("parameter", "value", "meaning"), cost, ["value"], "The cost model."),
+            report.Table(("setting", "value"), config, caption="The scheduler of each rank."),
+        ],
     )
 
 
-def _table(header: Sequence[str], *lines: Sequence[str]) -> str:
-    text = [name in (*LEFT, "parameter", "meaning", "each rank") for name in header]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        kinds = (' class="text"' if is_text else "" for is_text in text)
-        return "".join(
-            f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)
-        )
-
-    body = "\n".join(f"<tr>{line('td', cells)}</tr>" for cells in lines)
-    return f"<table>\n<thead><tr>{line('th', header)}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+def _table(header: Sequence[str], *lines: Sequence[str]) -> report.Table:
+    return report.Table(
+        header, [report.Row(cells) for cells in lines], [name for name in header if name not in LEFT]
+    )

@@ -30,6 +30,11 @@ def tables(rows: Sequence[Row]) -> list[list[tuple[str, ...]]]:
     ]
 
 
+def mean_ratio(row: Row) -> str:
+    """Output throughput over that of the first policy."""
+    return _with_spread(row.ratios, 3)
+
+
 def _throughputs(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     header = (
         "DP",
@@ -54,7 +59,7 @@ def _throughput_cells(row: Row) -> tuple[str, ...]:
         str(row.dp_size),
         row.policy,
         _with_spread([m.output_tokens_per_s for m in row.metrics], 0),
-        _with_spread(row.ratios, 3),
+        mean_ratio(row),
         mean(lambda m: m.duration_s),
         mean(lambda m: m.num_steps),
         mean(lambda m: m.num_prefill_steps),

@@ -11,8 +11,11 @@ The file written by `--json` holds one object:
     suites      [{"name", "batches", "failed", "ratio", "worst_row", "problem"}]; ratio and worst_row are null
                 or {"error", "limit", "where"}, the one nearest to its limit (error null: not finite); problem
                 is "" or the first difference that is no matter of size
-    failure     null, or {"case": fields of the smallest failing PrefillCase found, "message", "code"}; code
-                is null where the case fails only after other batches
+    batches     [{"seq_lens", "corner": fixed or of the workload, "passed", "message": what differs, "usage":
+                by suite the larger error over its limit (null: not finite), "seconds"}], in their order
+    failure     null, or {"case": fields of the smallest failing PrefillCase found, "message", "code",
+                "fixture": file that `replay` takes}; code and fixture are null where the case fails only
+                after other batches, fixture also where it cannot be written
     versions    of what the result depends on
     seconds     float
 """
@@ -37,8 +40,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ..equivalence_tests import interpreter
-from ..equivalence_tests.cases import DTYPES, Outcome, PrefillCase, check_prefill, minimize
+from ..equivalence_tests.cases import (
+    DTYPES,
+    Outcome,
+    PrefillCase,
+    check_prefill,
+    minimize,
+    recorded_case,
+)
 from ..equivalence_tests.compare import Comparison
+from ..equivalence_tests.failures import save_fixture
 from ..equivalence_tests.run_on_device import versions
 from ..equivalence_tests.tolerances import Errors
 from ..optimized.gdn import IMPLEMENTATIONS, ChunkMetadataBuilder, open_device
@@ -48,7 +59,9 @@ from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn.inputs import check_choice
 from ..scheduler.prefill_steps import PrefillStep, prefill_steps
 from ..scheduler.traces import generate_requests, read_trace
-from .output_files import check_writable, write_atomically
+from . import junit, report
+from .output_files import check_apart, check_folder, write_atomically
+from .verify_report import verify_junit, verify_report
 
 # Steps of the workload, and the seed; None is a fresh one.
 PROFILES: dict[str, tuple[int, int | None]] = {"dev": (10, 0), "ci": (30, 0), "nightly": (300, None)}
@@ -84,7 +97,8 @@ class Options:
         device: a name that `open_device` knows.
         dtype: a key of `DTYPES`.
         H, HV, K, V: query/key heads, value heads, head dims.
-        json: file to write, or None.
+        json, html, junit: files to write, or None.
+        failures: folder for the smallest failing batch.
     """
 
     trace: Path | None
@@ -100,7 +114,10 @@ class Options:
     HV: int
     K: int
     V: int
+    failures: Path
     json: Path | None
+    html: Path | None
+    junit: Path | None
 
     @property
     def is_interpreted(self) -> bool:
@@ -155,6 +172,22 @@ class Suite:
                 new = Worst(getattr(c.errors, metric), getattr(c.limit, metric), f"batch {batch}, {c.place}")
                 if metric not in self.worst or new.usage > self.worst[metric].usage:
                     self.worst[metric] = new
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What became of one batch.
+
+    Attributes:
+        message: what differs, or "".
+        usage: by suite, the larger of its errors over its limit; infinite where they differ in kind.
+        seconds: that checking it took.
+    """
+
+    case: PrefillCase
+    message: str
+    usage: dict[str, float]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -219,7 +252,8 @@ def run_verify(options: Options) -> int:
     start = time.perf_counter()
     plan = _prepare(options)
     typer.echo(_headline(plan))
-    suites, failures = _check_all(plan)
+    suites, batches = _check_all(plan)
+    failures = [batch.case for batch in batches if batch.message]
     failure = _smallest_failure(plan, failures) if failures else None
     covered, seconds = _covered(plan.cases), time.perf_counter() - start
     Console(width=None if sys.stdout.isatty() else 140).print(_table(suites))
@@ -227,11 +261,22 @@ def run_verify(options: Options) -> int:
     typer.echo(f"{'DIFFER' if failure else 'Agree'}: {counts} in {seconds:.1f} s.")
     if failure:
         typer.echo(f"\n{failure['message']}")
+        if failure["fixture"]:
+            typer.echo(f"\nSaved; this says what went wrong first: ascend-twin replay {failure['fixture']}")
         typer.echo(f"\nThis reproduces it:\n\n{failure['code']}" if failure["code"] else "")
-    if plan.options.json:
-        text = json.dumps(_as_json(plan, suites, covered, failure, seconds), indent=2, allow_nan=False) + "\n"
-        write_atomically("--json", plan.options.json, lambda path: path.write_text(text, encoding="utf-8"))
+    _write(plan.options, _as_json(plan, suites, batches, covered, failure, seconds))
     return 1 if failure else 0
+
+
+def _write(options: Options, result: dict[str, Any]) -> None:
+    """The files that were asked for."""
+    if options.json:
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        write_atomically("--json", options.json, lambda path: path.write_text(text, encoding="utf-8"))
+    if options.html:
+        report.write_html(options.html, verify_report(result))
+    if options.junit:
+        junit.write_junit(options.junit, verify_junit(result))
 
 
 def sample_steps(
@@ -282,8 +327,15 @@ def _prepare(options: Options) -> _Plan:
     device = open_device(options.device)
     if options.is_interpreted:
         interpreter.enable()
-    if options.json:
-        check_writable("--json", options.json)
+    check_apart(
+        {
+            "--json": (options.json, ()),
+            "--html": (options.html, report.SUFFIXES),
+            "--junit": (options.junit, junit.SUFFIXES),
+        },
+        {"--trace": options.trace},
+    )
+    check_folder("--failures", options.failures)
     profile_cases, profile_seed = PROFILES[options.profile]
     if options.seed is None:
         fresh = random.SystemRandom().randrange(2**31)
@@ -331,15 +383,16 @@ def _headline(plan: _Plan) -> str:
     )
 
 
-def _check_all(plan: _Plan) -> tuple[list[Suite], list[PrefillCase]]:
-    """Check every batch. Returns the suites, and the cases that differ."""
+def _check_all(plan: _Plan) -> tuple[list[Suite], list[Batch]]:
+    """Check every batch. Returns the suites, and what became of each batch."""
     metadata, reference, o, final_state = suites = [
         Suite(name) for name in ("metadata", "reference", "o", "final_state")
     ]
-    failures = []
+    batches = []
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         for batch, case in enumerate(progress.track(plan.cases, description="batches")):
+            start = time.perf_counter()
             outcome = _check(plan, case, plan.builder)
             if isinstance(outcome, Outcome):
                 metadata.add(batch, problems=outcome.metadata_differences)
@@ -349,9 +402,9 @@ def _check_all(plan: _Plan) -> tuple[list[Suite], list[PrefillCase]]:
                         suite.add(batch, [comparison])
             else:
                 o.add(batch, problems=[_in_words(outcome)])
-            if not _passed(outcome):
-                failures.append(case)
-    return suites, failures
+            message = "" if _passed(outcome) else _in_words(outcome)
+            batches.append(Batch(case, message, _usages(outcome), time.perf_counter() - start))
+    return suites, batches
 
 
 def _check(plan: _Plan, case: PrefillCase, builder: ChunkMetadataBuilder) -> Outcome | Exception:
@@ -380,6 +433,20 @@ def _in_words(outcome: Outcome | Exception) -> str:
     return f"raised {type(outcome).__name__}: {outcome}"
 
 
+def _usages(outcome: Outcome | Exception) -> dict[str, float]:
+    """The `usage` of a batch."""
+    if not isinstance(outcome, Outcome) or outcome.metadata_differences:
+        return {}
+    compared = {"reference": outcome.reference, **{c.name: [c] for c in outcome.comparisons}}
+    return {name: max(map(_usage, comparisons)) for name, comparisons in compared.items()}
+
+
+def _usage(comparison: Comparison) -> float:
+    if comparison.problem:
+        return math.inf
+    return max(error / limit for error, limit in zip(comparison.errors, comparison.limit, strict=True))
+
+
 def _smallest_failure(plan: _Plan, failures: list[PrefillCase]) -> dict[str, Any]:
     """The smallest failing case that can be found in `MINIMIZE_SECONDS`: the `failure` of the JSON file."""
     deadline = time.perf_counter() + MINIMIZE_SECONDS
@@ -396,12 +463,28 @@ def _smallest_failure(plan: _Plan, failures: list[PrefillCase]) -> dict[str, Any
             "A failing batch agrees when it is checked alone: it takes the batches before it. "
             f"Run again with --seed {plan.options.seed}."
         )
-        return {"case": dataclasses.asdict(case), "message": message, "code": None}
+        return {"case": dataclasses.asdict(case), "message": message, "code": None, "fixture": None}
     typer.echo(f"looking for the smallest failing batch, at most {MINIMIZE_SECONDS:.0f} s", err=True)
     case = minimize(case, fails)
-    lines = [shorten(line, 300) for line in _in_words(check_alone(case)).splitlines()]
-    code = _reproduction(case, plan.options)
-    return {"case": dataclasses.asdict(case), "message": "\n".join(lines), "code": code}
+    outcome = check_alone(case)
+    lines = [shorten(line, 300) for line in _in_words(outcome).splitlines()]
+    code, file = _reproduction(case, plan.options), _save(plan.options, case, outcome)
+    return {
+        "case": dataclasses.asdict(case),
+        "message": "\n".join(lines),
+        "code": code,
+        "fixture": str(file) if file else None,
+    }
+
+
+def _save(options: Options, case: PrefillCase, outcome: Outcome | Exception) -> Path | None:
+    """The failing case as a fixture; None where it cannot be written: its code is printed all the same."""
+    fixture = outcome.fixture if isinstance(outcome, Outcome) else recorded_case(case, options.implementation)
+    try:
+        return save_fixture(f"gdn_seed_{options.seed}", fixture, options.failures) if fixture else None
+    except OSError as error:
+        typer.echo(f"the failing batch cannot be saved in {options.failures}: {error.strerror}", err=True)
+        return None
 
 
 def _capacity(*cases: PrefillCase) -> tuple[int, int]:
@@ -480,6 +563,7 @@ def _percent(part: float) -> str:
 def _as_json(
     plan: _Plan,
     suites: list[Suite],
+    batches: list[Batch],
     covered: dict[str, int],
     failure: dict[str, Any] | None,
     seconds: float,
@@ -505,6 +589,17 @@ def _as_json(
                 "problem": s.problem,
             }
             for s in suites
+        ],
+        "batches": [
+            {
+                "seq_lens": list(batch.case.seq_lens),
+                "corner": i < plan.num_corners,
+                "passed": not batch.message,
+                "message": batch.message,
+                "usage": {name: x if math.isfinite(x) else None for name, x in batch.usage.items()},
+                "seconds": batch.seconds,
+            }
+            for i, batch in enumerate(batches)
         ],
         "failure": failure,
         "versions": versions(),

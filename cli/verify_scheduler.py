@@ -17,7 +17,6 @@ import dataclasses
 import json
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -51,8 +50,10 @@ from ..reference.gdn.inputs import check_choice
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.traces import read_trace
 from ..scheduler.workload import RequestMix, mix_from_trace
-from .output_files import check_writable, write_atomically
+from . import junit, report
+from .output_files import check_apart, check_folder, write_atomically
 from .progress import progress
+from .verify_scheduler_report import scheduler_junit, scheduler_report
 
 MINIMIZE_SECONDS = 60.0
 PEERS = ("vllm",)
@@ -75,7 +76,7 @@ class Options:
         profile: a key of `NUM_STEPS`.
         steps, seed: of random runs, or None for those of the profile.
         failures: folder for scenarios of random runs that fail.
-        json: file to write, or None.
+        json, html, junit: files to write, or None.
     """
 
     against: str | None
@@ -87,6 +88,8 @@ class Options:
     seed: int | None
     failures: Path
     json: Path | None
+    html: Path | None
+    junit: Path | None
 
 
 def run_verify_scheduler(options: Options) -> int:
@@ -101,10 +104,14 @@ def run_verify_scheduler(options: Options) -> int:
     """
     start = time.perf_counter()
     options = _with_defaults(options)
-    if options.json:
-        check_writable("--json", options.json)
+    outputs = {
+        "--json": (options.json, ()),
+        "--html": (options.html, report.SUFFIXES),
+        "--junit": (options.junit, junit.SUFFIXES),
+    }
+    check_apart(outputs, {"--trace": options.trace, "--scenario": options.scenario})
     if not options.trace and not options.scenario:
-        _check_folder("--failures", options.failures)
+        check_folder("--failures", options.failures)
     if options.against:
         load_vllm()
     peers = (VLLMEngine,) if options.against else ()
@@ -128,27 +135,35 @@ def run_verify_scheduler(options: Options) -> int:
     _print(summary, seconds)
     if found:
         typer.echo(f"\n{found}")
-    if options.json:
-        report = {
-            "version": 1,
-            "passed": not summary.failure,
-            "options": {name: str(x) if isinstance(x, Path) else x for name, x in vars(options).items()},
-            "covered": {"runs": summary.runs, "steps": summary.steps, "requests": summary.requests},
-            "features": {name: count for name, count in sorted(summary.features.items()) if count},
-            "excused": dict(+summary.excused),
-            "failure": _failure_as_json(summary, path),
-            "versions": versions(),
-            "seconds": seconds,
-        }
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        write_atomically("--json", options.json, lambda file: file.write_text(text, encoding="utf-8"))
+    _write(options, _as_json(options, summary, path, seconds))
     return 1 if summary.failure else 0
 
 
-def _failure_as_json(summary: Summary, path: Path | None) -> dict[str, str | None] | None:
-    if not summary.failure:
-        return None
-    return {"message": summary.failure, "scenario": str(path) if path else None}
+def _write(options: Options, result: dict[str, Any]) -> None:
+    """The files that were asked for."""
+    if options.json:
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        write_atomically("--json", options.json, lambda file: file.write_text(text, encoding="utf-8"))
+    if options.html:
+        report.write_html(options.html, scheduler_report(result))
+    if options.junit:
+        junit.write_junit(options.junit, scheduler_junit(result))
+
+
+def _as_json(options: Options, summary: Summary, scenario: Path | None, seconds: float) -> dict[str, Any]:
+    """The object of `--json`; `scenario` is the file that reproduces the failure."""
+    failure = {"message": summary.failure, "scenario": str(scenario) if scenario else None}
+    return {
+        "version": 1,
+        "passed": not summary.failure,
+        "options": {name: str(x) if isinstance(x, Path) else x for name, x in vars(options).items()},
+        "covered": {"runs": summary.runs, "steps": summary.steps, "requests": summary.requests},
+        "features": {name: count for name, count in sorted(summary.features.items()) if count},
+        "excused": dict(+summary.excused),
+        "failure": failure if summary.failure else None,
+        "versions": versions(),
+        "seconds": seconds,
+    }
 
 
 def _with_defaults(options: Options) -> Options:
@@ -162,22 +177,6 @@ def _with_defaults(options: Options) -> Options:
         steps=options.steps or steps,
         seed=seed if options.seed is None else options.seed,
     )
-
-
-def _check_folder(option: str, path: Path) -> None:
-    """Raise InvalidArgumentError unless files can be written to `path`, a folder that may have to be made."""
-    made = []
-    try:
-        made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        invalid_argument(option, path, f"a folder that can be written ({error.strerror or error})")
-    finally:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
 
 
 def _save(scenario: Scenario, options: Options) -> tuple[Path | None, str]:

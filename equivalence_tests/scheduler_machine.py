@@ -1,8 +1,6 @@
 """Anything may happen to a scheduler, in any order: the rule-based state machine of the scheduler suites."""
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from hypothesis import note
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from ..reference.errors import AscendTwinError
+from .failures import failures_folder
 from .scheduler_engines import Engine
 from .scheduler_runs import CheckedEngine, Run, save_failure
 from .scheduler_scenarios import (
@@ -33,9 +32,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, steps are made, and everything else happens in between; at the end all are served.
 
     Checked all along: invariants, outputs against the oracle, and, with two engines, that nothing differs.
-    What fails is saved as a scenario in the folder of the variable ASCEND_TWIN_FAILURES ("scheduler_failures"
-    where it is not set), the smallest that was found. `ascend-twin verify --suite scheduler --scenario FILE`
-    runs it again.
+    What fails is saved as a scenario in `failures_folder()`, the smallest that was found. `ascend-twin replay
+    FILE` runs it again.
 
     Attributes:
         engines: see `Run`.
@@ -107,6 +105,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _conclude(self, error: AscendTwinError | None = None) -> None:
         self.run.conclude(error)
         if self.run.failure:
-            directory = Path(os.environ.get("ASCEND_TWIN_FAILURES") or "scheduler_failures")
+            directory = failures_folder()
             note(f"saved as {save_failure(type(self).__name__, self.run.scenario, directory)}")
             raise error or AssertionError(self.run.failure)

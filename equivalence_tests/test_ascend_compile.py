@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from ascend_twin.cli import compile as cli
 from ascend_twin.cli.main import app
+from ascend_twin.equivalence_tests.report_pages import Page
 from ascend_twin.optimized.gdn import IMPLEMENTATIONS, ascend_compile
 from ascend_twin.optimized.gdn.ascend_compile import (
     TARGETS,
@@ -453,7 +454,9 @@ def test_compile_passes_for_every_implementation(tmp_path: Path) -> None:
     """A part of the gate; `tox run -e ascend` runs all of it."""
     json_file, plot = tmp_path / "result.json", tmp_path / "memory.svg"
     arguments = ("--model", "Qwen3.5-27B", "--tp", "4", "--tp", "1", "--target", "910B1", "--target", "950")
-    status, output = run(*arguments, "--json", str(json_file), "--plot", str(plot))
+    html, junit = tmp_path / "report.html", tmp_path / "junit.xml"
+    files = ("--json", str(json_file), "--plot", str(plot), "--html", str(html), "--junit", str(junit))
+    status, output = run(*arguments, *files)
     assert status == 0, output
     result = json.loads(json_file.read_text())
     assert result["passed"] is True
@@ -468,7 +471,9 @@ def test_compile_passes_for_every_implementation(tmp_path: Path) -> None:
     assert result["limits"]["950"]["L0C"] == 256 * KIB
     assert f"{len(result['kernels'])} kernels, {len(result['compiled']) // 2} variants of them" in output
     assert plot.read_text().startswith("<?xml")
-    assert [f.name for f in sorted(tmp_path.iterdir())] == ["memory.svg", "result.json"]
+    assert f"All {len(result['kernels'])} kernels fit" in Page(html.read_text(encoding="utf-8")).text
+    assert f'tests="{2 * len(result["kernels"])}" failures="0"' in junit.read_text(encoding="utf-8")
+    assert len(list(tmp_path.iterdir())) == 4
     check_table(result, output)
 
 

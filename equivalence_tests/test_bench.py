@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ from ascend_twin.cli.peers import FLA_VERSION, load_fla_chunk_gated_delta_rule
 from ascend_twin.cli.traffic import PARTS
 from ascend_twin.equivalence_tests.cases import EquivalenceError
 from ascend_twin.equivalence_tests.scheduler_engines import OurEngine
+from ascend_twin.fixtures.record import Recorder, RecordSettings
 from ascend_twin.optimized.gdn import ChunkMetadataBuilder, open_device
 from ascend_twin.optimized.gdn.device import Device
 from ascend_twin.reference.errors import UnavailableError
@@ -425,3 +427,26 @@ def test_decodes_start_anew_before_they_get_long(monkeypatch: pytest.MonkeyPatch
         lengths.append([request.num_tokens for request in decodes.engine.scheduler.running])
         decodes.settle()
     assert lengths == [[129] * 3, [130] * 3] * 2 + [[129] * 3]
+
+
+def test_recording_contest_records_one_call_in_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Recorder] = []
+
+    def make(settings: RecordSettings) -> Recorder:
+        made.append(Recorder(settings))
+        return made[-1]
+
+    monkeypatch.setattr(bench, "Recorder", make)
+    pair = bench._recording_contest(3).start()
+    for _ in range(2):
+        pair.our_call()
+        pair.peer_call()
+    assert made[0].flush(60)
+    assert made[0].counts == {"recorded": 2}
+
+
+def test_recording_switched_off_costs_less_than_a_thousandth_of_a_small_prefill() -> None:
+    pair = bench._no_recording_contest().start()
+    assert isinstance(pair.our_call(), tuple)
+    (share,) = re.findall(r"([0-9.]+)% of it", pair.note)
+    assert float(share) < 0.1

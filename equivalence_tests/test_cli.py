@@ -30,6 +30,12 @@ LINE = '{"timestamp": 0, "input_length": 300, "output_length": 2, "hash_ids": [0
 SHORT = '{"timestamp": 30, "input_length": 70, "output_length": 1, "hash_ids": [1]}\n'
 
 
+@pytest.fixture(autouse=True)
+def _folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails is saved where the command runs."""
+    monkeypatch.chdir(tmp_path)
+
+
 def _run(*arguments: str) -> tuple[int, str]:
     """Exit status, and stdout and stderr together."""
     result = CliRunner().invoke(app, list(arguments))
@@ -61,7 +67,7 @@ def test_version_is_that_of_the_distribution() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), *((c, "--help") for c in ("verify", "doctor", "bench", "compile"))]
+    "arguments", [("--help",), *((c, "--help") for c in ("verify", "doctor", "bench", "compile", "replay"))]
 )
 def test_help_teaches_without_importing_torch(arguments: tuple[str, ...]) -> None:
     program = (
@@ -275,6 +281,32 @@ def test_verify_prints_a_reproduction_when_the_implementation_is_wrong(
     assert failed["final_state"] > 0
     assert result["failure"]["case"]["seq_lens"] == [0]  # the state of an empty sequence
     assert result["failure"]["code"].strip() == _code(output).strip()
+    assert result["failure"]["fixture"] == "failures/gdn_seed_0.safetensors"
+    assert "ascend-twin replay failures/gdn_seed_0.safetensors" in output
+
+
+def test_verify_saves_a_failing_batch_of_which_replay_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _install(monkeypatch, _forgets_the_state)
+    assert _verify("--failures", str(tmp_path))[0] == 1
+    monkeypatch.undo()
+    status, output = _run("replay", str(tmp_path / "gdn_seed_0.safetensors"))
+    assert status == 1
+    assert "final_state" in output
+
+
+def test_verify_prints_a_failing_batch_that_cannot_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    _install(monkeypatch, _forgets_the_state)
+    monkeypatch.setattr("ascend_twin.cli.verify.save_fixture", full)
+    status, output = _verify("--json", "result.json")
+    assert status == 1
+    assert "cannot be saved in failures: No space left on device" in output
+    assert "PrefillCase(" in _code(output)
+    assert json.loads(Path("result.json").read_text())["failure"]["fixture"] is None
 
 
 @pytest.mark.usefixtures("triton_runs")

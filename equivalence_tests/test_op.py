@@ -24,6 +24,7 @@ from ascend_twin.equivalence_tests.cases import (
     metadata_differences,
 )
 from ascend_twin.equivalence_tests.compare import compare_o
+from ascend_twin.equivalence_tests.failures import assert_agrees
 from ascend_twin.equivalence_tests.properties import (
     CUTS,
     CUTS_BETWEEN_CHUNKS,
@@ -160,7 +161,7 @@ def test_op_equals_the_definition(
         outcome = check_prefill(
             case, implementation=implementation, builder=builder, device=device.torch_device
         )
-        assert outcome.passed, str(outcome)
+        assert_agrees(outcome)
 
     search(check, ({"case": replace(corner, dtype=dtype)} for corner in CORNERS), case=batches((dtype,)))
 
@@ -604,7 +605,7 @@ def test_op_keeps_what_rounding_the_inverse_takes(
             builder=builder_for(case.HV),
             device=device.torch_device,
         )
-        assert outcome.passed, str(outcome)
+        assert_agrees(outcome)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -645,7 +646,7 @@ def test_op_equals_the_definition_over_many_chunks(
 ):
     builder = builder_for(case.HV)
     outcome = check_prefill(case, implementation=implementation, builder=builder, device=device.torch_device)
-    assert outcome.passed, str(outcome)
+    assert_agrees(outcome)
 
 
 def test_op_takes_a_scale_of_zero(op: Op):

@@ -1,0 +1,503 @@
+"""`ascend-twin replay`: recorded cases compared with the truth, and run again.
+
+The JSON file holds
+
+    version     1
+    passed      bool: nothing differs
+    options     what was asked for
+    files       by file {"path", "kind", "title", "notes", "upstream", "origin", "replays", "skipped",
+                "seconds"}; skipped says why it was not replayed, "" if it was. A replay is {"subject",
+                "passed", "blame", "diagnosis", "findings", "details"}; a finding {"stage", "name", "passed",
+                "message", "place", "errors", "limit"}, errors and limit {"ratio", "worst_row"} or null, and
+                an error null where it is no finite number
+    versions    of what the result depends on
+    seconds     float
+"""
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..equivalence_tests.minimize_fixture import SECONDS, minimize_fixture
+from ..equivalence_tests.replay import RECORDED, Finding, Replay, is_recorded, replay_fixture
+from ..equivalence_tests.replay_gdn import REFERENCE
+from ..equivalence_tests.replay_plots import plot_heat
+from ..equivalence_tests.replay_traces import IMPLEMENTATIONS as SCHEDULERS
+from ..equivalence_tests.run_on_device import versions
+from ..equivalence_tests.tolerances import Errors
+from ..equivalence_tests.traced_collectives import merge_ranks
+from ..fixtures.store import SUFFIXES, Fixture, read_fixture, write_fixture
+from ..optimized.gdn import IMPLEMENTATIONS
+from ..reference.errors import UnavailableError, invalid_argument
+from ..reference.gdn.inputs import check_choice
+from . import junit, report
+from .output_files import check_apart, write_atomically
+from .progress import progress
+
+READ = (*sorted(set(SUFFIXES.values())), ".json")
+"""Of the files in a folder, those with these suffixes are read."""
+
+_MOST_IN_DETAIL = 3  # files of which every comparison is shown
+_CALLS = (REFERENCE, *IMPLEMENTATIONS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        files: files and folders.
+        device: where calls are run again.
+        implementation: what is run again, of `_CALLS` or `SCHEDULERS`; None: the default of the device.
+        max_bytes: size of a file, at most.
+        minimize, heatmap, html, junit, json: files to write, or None.
+    """
+
+    files: tuple[Path, ...]
+    device: str
+    implementation: str | None
+    max_bytes: int
+    minimize: Path | None = None
+    heatmap: Path | None = None
+    html: Path | None = None
+    junit: Path | None = None
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of one file.
+
+    Attributes:
+        path: of it.
+        fixture: what it holds.
+        replays: of what was recorded, and of what was run again.
+        seconds: that they took.
+        skipped: why there are none, "" if there are.
+    """
+
+    path: Path
+    fixture: Fixture
+    replays: tuple[Replay, ...]
+    seconds: float
+    skipped: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return all(replay.passed for replay in self.replays)
+
+    @property
+    def wrong(self) -> Replay | None:
+        """The first replay that differs."""
+        return next((replay for replay in self.replays if not replay.passed), None)
+
+
+def run_replay(options: Options) -> int:
+    """Replay; print the result on stdout and progress on stderr.
+
+    Returns:
+        The exit status: 0 when nothing differs, else 1.
+
+    Raises:
+        FixtureError, InvalidArgumentError: for wrong input.
+        UnavailableError: when nothing of it can be replayed here.
+    """
+    start = time.perf_counter()
+    files = _check(options)
+    fixtures = _read(files, options.max_bytes)
+    _check_kinds(options, fixtures)
+    results = []
+    with progress("files", len(fixtures)) as advance:
+        for path, fixture in fixtures:
+            results.append(_replay(path, fixture, options, is_only_one=len(fixtures) == 1))
+            advance(1)
+    if all(result.skipped for result in results):
+        raise UnavailableError(results[0].skipped)
+    for result in results:
+        _print(result, in_detail=len(results) <= _MOST_IN_DETAIL)
+    if len(results) > 1:
+        typer.echo(_summary(results))
+    seconds = time.perf_counter() - start
+    _write(options, results, seconds)
+    return 0 if all(result.passed for result in results) else 1
+
+
+def _check(options: Options) -> list[Path]:
+    """The files that are asked for, everything checked that needs no reading."""
+    if options.implementation is not None:
+        check_choice("--implementation", options.implementation, (*_CALLS, *SCHEDULERS))
+    files: list[Path] = []
+    for path in options.files:
+        if path.is_dir():
+            found = sorted(x for x in path.rglob("*") if x.suffix in READ and not x.name.startswith("."))
+            if not found:
+                invalid_argument("FILE", path, f"a folder with files that end in {', '.join(READ)}")
+            files += found
+        else:
+            files.append(path)
+    files = list(dict.fromkeys(files))
+    check_apart(
+        {
+            "--minimize": (options.minimize, tuple(sorted(set(SUFFIXES.values())))),
+            "--heatmap": (options.heatmap, (".png", ".svg", ".pdf")),
+            "--html": (options.html, report.SUFFIXES),
+            "--junit": (options.junit, junit.SUFFIXES),
+            "--json": (options.json, ()),
+        },
+        {str(path): path for path in files},
+    )
+    return files
+
+
+def _read(files: Sequence[Path], max_bytes: int) -> list[tuple[Path, Fixture]]:
+    """What the files hold; collectives of ranks of one run together, as of the first of their files."""
+    fixtures: list[tuple[Path, Fixture]] = []
+    runs: dict[str, list[Fixture]] = {}
+    for path in files:
+        fixture = read_fixture(path, max_bytes=max_bytes)
+        run = fixture.config.get("run") if fixture.kind == "dp" else None
+        if run is None:
+            fixtures.append((path, fixture))
+        elif (key := json.dumps(run, sort_keys=True)) in runs:
+            runs[key].append(fixture)
+        else:
+            runs[key] = [fixture]
+            fixtures.append((path, fixture))
+    merged = {id(ranks[0]): merge_ranks(ranks) for ranks in runs.values()}
+    return [(path, merged.get(id(fixture), fixture)) for path, fixture in fixtures]
+
+
+def _check_kinds(options: Options, fixtures: Sequence[tuple[Path, Fixture]]) -> None:
+    """Raise for options that have no effect on any of the files."""
+    kinds = {fixture.kind for _, fixture in fixtures}
+    if options.implementation in _CALLS and not kinds & {"gdn", "metadata"}:
+        invalid_argument("--implementation", options.implementation, f"{' or '.join(SCHEDULERS)} for a trace")
+    if options.implementation in SCHEDULERS and "scheduler" not in kinds:
+        invalid_argument("--implementation", options.implementation, f"{', '.join(_CALLS)} for a call")
+    if options.minimize is not None:
+        if len(fixtures) != 1:
+            invalid_argument("--minimize", options.minimize, f"one FILE with it; these are {len(fixtures)}")
+        (path, fixture) = fixtures[0]
+        if fixture.kind not in ("gdn", "scheduler"):
+            invalid_argument(
+                "--minimize", options.minimize, f"a call or a scheduler; {path} is {fixture.kind}"
+            )
+        if options.minimize.suffix != SUFFIXES[fixture.kind]:
+            invalid_argument("--minimize", options.minimize, f"a file that ends in {SUFFIXES[fixture.kind]}")
+    if options.heatmap is not None and (len(fixtures) != 1 or kinds != {"gdn"}):
+        invalid_argument("--heatmap", options.heatmap, "one FILE with it, a call of the op")
+
+
+def _replay(path: Path, fixture: Fixture, options: Options, *, is_only_one: bool) -> Result:
+    start = time.perf_counter()
+    chosen, is_call = options.implementation, fixture.has_tensors
+    implementation = chosen if chosen in (_CALLS if is_call else SCHEDULERS) else None
+    wanted: list[str | None] = [None]
+    if fixture.kind == "gdn" and is_recorded(fixture):
+        wanted = [None, implementation or ("eager" if options.device in ("cpu", "sim") else "fused")]
+    elif fixture.kind == "metadata" and is_recorded(fixture):
+        wanted = [None, implementation or "eager"]
+    elif implementation is not None and fixture.kind != "dp":
+        wanted = [implementation]
+    try:
+        replays = tuple(
+            replay_fixture(fixture, path=str(path), device=options.device, implementation=one)
+            for one in wanted
+        )
+    except UnavailableError as error:
+        if is_only_one:
+            raise
+        return Result(path, fixture, (), time.perf_counter() - start, skipped=str(error))
+    return Result(path, fixture, replays, time.perf_counter() - start)
+
+
+def _print(result: Result, *, in_detail: bool) -> None:
+    if not in_detail:
+        typer.echo(f"{_word(result):8} {result.path}{_what_is_wrong(result)}")
+        return
+    typer.echo(f"{result.path}: {_headline(result.fixture)}")
+    if result.skipped:
+        typer.echo(f"skipped: {result.skipped}\n")
+    for replay in result.replays:
+        Console(width=None if sys.stdout.isatty() else 140).print(_table(replay))
+        if not replay.passed:
+            typer.echo(f"{replay.subject}: {replay.diagnosis}\nTo blame: {replay.blame}.\n")
+
+
+def _word(result: Result) -> str:
+    return "skipped" if result.skipped else "agrees" if result.passed else "DIFFERS"
+
+
+def _what_is_wrong(result: Result) -> str:
+    if result.skipped:
+        return f": {result.skipped}"
+    return "" if result.wrong is None else f": {result.wrong.subject}: {result.wrong.diagnosis}"
+
+
+def _headline(fixture: Fixture) -> str:
+    """What a file is, and where it comes from, in a line."""
+    origin = fixture.origin
+    names = {"gdn": "a call of the op", "metadata": "a build of chunk metadata"}
+    names |= {"scheduler": "a scheduler's life", "dp": "collectives of data-parallel ranks"}
+    parts = [fixture.about.title or names[fixture.kind]]
+    if fixture.config.get("implementation"):
+        parts.append(f"recorded of {fixture.config['implementation']}")
+    parts += [f"{name} {origin[name]}" for name in ("layer", "rank", "step", "device") if name in origin]
+    if origin.get("minimized_from"):
+        parts.append(f"made smaller from {origin['minimized_from']}")
+    return ", ".join(parts)
+
+
+def _table(replay: Replay) -> Table:
+    """A line for each comparison; what is exact and agrees, of a stage, in one."""
+    table = Table(box=box.SIMPLE, title=replay.subject, title_justify="left")
+    for heading in ("stage", "tensor", "ratio / limit", "worst row / limit", "where", "result"):
+        table.add_column(heading)
+    agree = Text("agrees", "green")
+    for (stage, is_one), group in itertools.groupby(
+        replay.findings, lambda f: (f.stage, f.passed and f.errors is None)
+    ):
+        findings = list(group)
+        if is_one and len(findings) > 1:
+            names = f"{findings[0].name} and {len(findings) - 1} more"
+            table.add_row(stage, names, *_errors(findings[0]), "", agree)
+            continue
+        for finding in findings:
+            result = agree if finding.passed else Text("DIFFERS", "bold red")
+            table.add_row(stage, finding.name, *_errors(finding), _place(finding), result)
+    return table
+
+
+def _errors(finding: Finding) -> tuple[str, str]:
+    if finding.errors is None or finding.limit is None:
+        return ("exact", "") if finding.stage not in ("o", "final_state") else ("", "")
+    cells = [
+        f"{error:.1e} / {limit:.1e}" if math.isfinite(error) else "not finite"
+        for error, limit in zip(finding.errors, finding.limit, strict=True)
+    ]
+    return cells[0], cells[1]
+
+
+def _place(finding: Finding) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in finding.place.items())
+
+
+def _summary(results: Sequence[Result]) -> str:
+    counts = [(sum(_word(r) == word for r in results), word) for word in ("agrees", "DIFFERS", "skipped")]
+    words = {"agrees": "agree", "DIFFERS": "differ", "skipped": "were skipped"}
+    return f"{len(results)} files: " + ", ".join(f"{n} {words[word]}" for n, word in counts if n) + "."
+
+
+def _write(options: Options, results: Sequence[Result], seconds: float) -> None:
+    if options.json is not None:
+        text = json.dumps(as_json(options, results, seconds), indent=2, allow_nan=False) + "\n"
+        write_atomically("--json", options.json, lambda path: path.write_text(text, encoding="utf-8"))
+    if options.heatmap is not None:
+        replay = results[0].wrong or results[0].replays[0]
+        if replay.heat is None:
+            allowed = "a call with an output that can be compared"
+            invalid_argument("--heatmap", options.heatmap, allowed)
+        figure = plot_heat(replay)
+        write_atomically("--heatmap", options.heatmap, lambda path: figure.savefig(path, dpi=150))
+    if options.html is not None:
+        report.write_html(options.html, as_report(options, results))
+    if options.junit is not None:
+        junit.write_junit(options.junit, as_junit(options, results))
+    if options.minimize is not None:
+        _minimize(options.minimize, options, results[0])
+
+
+def _minimize(path: Path, options: Options, result: Result) -> None:
+    wrong = result.wrong
+    if wrong is None:
+        invalid_argument("--minimize", path, f"a file in which something differs; {result.path} agrees")
+    typer.echo(f"looking for a smaller case, at most {SECONDS:.0f} s", err=True)
+    implementation = None if wrong.subject == RECORDED else wrong.subject.partition(" ")[0]
+    if not result.fixture.has_tensors:
+        implementation = options.implementation
+    smaller = minimize_fixture(
+        result.fixture, path=str(result.path), device=options.device, implementation=implementation
+    )
+    write_atomically("--minimize", path, lambda temporary: write_fixture(temporary, smaller))
+    typer.echo(f"{path}: {_size(smaller)}, of {_size(result.fixture)}, with the same finding")
+
+
+def _size(fixture: Fixture) -> str:
+    """How large a case is, in words."""
+    if fixture.kind != "gdn":
+        return f"{len(fixture.records)} records"
+    B, T, H, K = fixture.tensors["q"].shape
+    HV, V = fixture.tensors["v"].shape[2:]
+    return f"{B * T:,} tokens (H {H}, HV {HV}, K {K}, V {V})"
+
+
+def as_json(options: Options, results: Sequence[Result], seconds: float) -> dict[str, Any]:
+    """The object that `--json` writes."""
+    return {
+        "version": 1,
+        "passed": all(result.passed for result in results),
+        "options": {
+            "files": [str(path) for path in options.files],
+            "device": options.device,
+            "implementation": options.implementation,
+        },
+        "files": [
+            {
+                "path": str(result.path),
+                "kind": result.fixture.kind,
+                "title": result.fixture.about.title,
+                "notes": result.fixture.about.notes,
+                "upstream": list(result.fixture.about.upstream),
+                "origin": dict(result.fixture.origin),
+                "replays": [_replay_as_json(replay) for replay in result.replays],
+                "skipped": result.skipped,
+                "seconds": result.seconds,
+            }
+            for result in results
+        ],
+        "versions": versions(),
+        "seconds": seconds,
+    }
+
+
+def _replay_as_json(replay: Replay) -> dict[str, Any]:
+    return {
+        "subject": replay.subject,
+        "passed": replay.passed,
+        "blame": replay.blame,
+        "diagnosis": replay.diagnosis,
+        "findings": [
+            {
+                "stage": finding.stage,
+                "name": finding.name,
+                "passed": finding.passed,
+                "message": finding.message,
+                "place": dict(finding.place),
+                "errors": _errors_as_json(finding.errors),
+                "limit": _errors_as_json(finding.limit),
+            }
+            for finding in replay.findings
+        ],
+        "details": dict(replay.details),
+    }
+
+
+def _errors_as_json(errors: Errors | None) -> dict[str, float | None] | None:
+    if errors is None:
+        return None
+    return {name: x if math.isfinite(x) else None for name, x in errors._asdict().items()}
+
+
+def as_report(options: Options, results: Sequence[Result]) -> report.Report:
+    """The report of a result."""
+    names = [path.name for path in options.files]
+    shown = [result for result in results if not result.passed] or list(results[:_MOST_IN_DETAIL])
+    sections = [report.Section(result.path.name, _parts(result)) for result in shown]
+    if len(results) > 1:
+        sections.insert(0, report.Section("Files", [_files(results)]))
+    passed = all(result.passed for result in results)
+    wrong = next((result.wrong for result in results if result.wrong is not None), None)
+    if len(results) > 1:
+        verdict = _summary(results)
+    else:
+        verdict = "All is as it must be." if wrong is None else f"{wrong.subject}: {wrong.diagnosis}"
+    subjects = dict.fromkeys(replay.subject for result in results for replay in result.replays)
+    return report.Report(
+        title=f"replay: {', '.join(names[:_MOST_IN_DETAIL])}{' ...' if len(names) > _MOST_IN_DETAIL else ''}",
+        status="passed" if passed else "failed",
+        verdict=verdict,
+        command=report.command_line(
+            "replay",
+            {"--device": options.device, "--implementation": options.implementation},
+            *map(str, options.files),
+        ),
+        facts={"files": str(len(results)), "compared": ", ".join(subjects)},
+        sections=sections,
+        versions=versions(),
+    )
+
+
+def _files(results: Sequence[Result]) -> report.Table:
+    rows = [
+        report.Row((r.path.name, r.fixture.kind, _what_is_wrong(r).removeprefix(": ")), _status(r), _word(r))
+        for r in results
+    ]
+    return report.Table(("file", "kind", "what is wrong"), rows)
+
+
+def _status(result: Result) -> report.Status:
+    return "skipped" if result.skipped else "passed" if result.passed else "failed"
+
+
+def _parts(result: Result) -> list[report.Part]:
+    fixture = result.fixture
+    parts: list[report.Part] = [_headline(fixture)]
+    if fixture.about.notes:
+        parts.append(fixture.about.notes)
+    if result.skipped:
+        parts.append(result.skipped)
+    for replay in result.replays:
+        columns = ("stage", "tensor", "ratio / limit", "worst row / limit", "where", "what")
+        rows = [
+            report.Row(
+                (f.stage, f.name, *_errors(f), _place(f), f.message),
+                "passed" if f.passed else "failed",
+                "agrees" if f.passed else "differs",
+            )
+            for f in replay.findings
+        ]
+        if not replay.passed:
+            parts.append(f"{replay.subject}: {replay.diagnosis} To blame: {replay.blame}.")
+        if replay.heat is not None and replay.heat.chunks:
+            alt = f"Errors of {replay.heat.name} by chunk and head, {replay.subject}"
+            caption = "Error over limit: blue is within it. The frame is around the first chunk beyond."
+            parts.append(report.drawn(plot_heat(replay), alt, caption))
+        title = f"{replay.subject}: every comparison"
+        table = report.Table(columns, rows, columns[2:4])
+        parts.append(report.Fold(title, [table], "passed" if replay.passed else "failed", not replay.passed))
+        if replay.details:
+            text = json.dumps(dict(replay.details), indent=2, default=str)
+            parts.append(report.Fold(f"{replay.subject}: details", [report.Code(text)]))
+    if fixture.kind == "dp":
+        parts.append(_timeline(fixture))
+    if fixture.origin:
+        text = json.dumps(dict(fixture.origin), indent=2)
+        parts.append(report.Fold("Where it was recorded", [report.Code(text)]))
+    return parts
+
+
+def _timeline(fixture: Fixture) -> report.Figure:
+    from ..equivalence_tests.traced_collectives_plot import plot_collectives
+
+    return report.drawn(plot_collectives(fixture), "Collectives of each rank over time")
+
+
+def as_junit(options: Options, results: Sequence[Result]) -> list[junit.JUnitSuite]:
+    """A suite for each kind of a result, with a case for each file and what was compared."""
+    suites = []
+    for kind in dict.fromkeys(result.fixture.kind for result in results):
+        cases = []
+        for result in results:
+            if result.fixture.kind != kind:
+                continue
+            seconds = result.seconds / max(1, len(result.replays))
+            cases += [
+                junit.JUnitCase(f"{result.path}, {replay.subject}", seconds, replay.diagnosis)
+                for replay in result.replays
+            ]
+            if result.skipped:
+                cases.append(junit.JUnitCase(str(result.path), skipped=result.skipped))
+        suites.append(junit.JUnitSuite(f"replay.{kind}", cases, {"device": options.device, **versions()}))
+    return suites
