@@ -29,7 +29,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -71,7 +70,7 @@ from ..scheduler.balance import BalanceScheduler
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.output import ModelRunnerOutput
 from ..scheduler.workload import RequestSpec
-from .output_files import check_writable, write_atomically
+from .output_files import check_writable, write_atomically, write_json
 from .peers import (
     FLA_VERSION,
     count_vllm_ascend_copies,
@@ -204,8 +203,7 @@ def run_bench(
             "results": [dataclasses.asdict(r) for r in results],
             "traffic": _traffic_report(),
         }
-        text = json.dumps(report, indent=2) + "\n"
-        write_atomically("--json", json_path, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json("--json", json_path, report)
     if plot is not None:
         write_atomically("--plot", plot, lambda path: _plot(results, path))
 

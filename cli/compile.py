@@ -16,7 +16,6 @@ The file written by `--json` holds one object:
     seconds     float
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -48,7 +47,7 @@ from ..reference.errors import invalid_argument
 from ..reference.gdn.inputs import check_choice
 from . import junit, report
 from .compile_report import compile_junit, compile_report, memory_plot
-from .output_files import check_apart, write_atomically
+from .output_files import check_apart, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,7 @@ def run_compile(options: Options) -> int:
 def _write(options: Options, result: dict[str, Any]) -> None:
     """The files that were asked for."""
     if options.json:
-        text = json.dumps(result, indent=2) + "\n"
-        write_atomically("--json", options.json, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json("--json", options.json, result)
     if options.plot:
         write_atomically("--plot", options.plot, memory_plot(result).savefig)
     if options.html:

@@ -13,7 +13,6 @@ The file written by `--output` holds the fields of `CostModel` (scheduler/cost.p
                 "tpot_ms", "throughput"}, "simulations"}
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from ..scheduler.cost_fit import BenchmarkRow, RowFit, StepFit, fit_row, fit_ste
 from ..scheduler.measured_steps import MeasuredStep, read_measured_steps
 from ..scheduler.simulation import SimulationSetup
 from . import simulate
-from .output_files import check_apart, write_atomically
+from .output_files import check_apart, write_atomically, write_json
 from .progress import progress
 
 ROW_FREE = ("step_ms", "prefill_us_per_token")
@@ -186,8 +185,7 @@ def _write(options: Options, fit: StepFit | RowFit) -> None:
         ("--json", options.json, as_json(fit)),
     ):
         if path:
-            text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-            write_atomically(option, path, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+            write_json(option, path, data)
 
 
 def as_json(fit: StepFit | RowFit) -> dict[str, Any]:

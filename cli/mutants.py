@@ -18,7 +18,6 @@ A verdict is {"suite", "result", "cases": tried until then, "seconds", "message"
 "missed", "timed out", "broken", "unavailable" or "not run" (equivalence_tests/mutants/runner.py).
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from ..reference.errors import UnavailableError, invalid_argument
 from . import junit, report
 from .junit import write_junit
 from .mutants_report import mutants_junit, mutants_report
-from .output_files import check_apart, write_atomically
+from .output_files import check_apart, write_json
 from .progress import progress
 from .report import write_html
 
@@ -239,8 +238,7 @@ def _conclusion(found: Exhibition) -> list[str]:
 def _write(options: Options, result: dict[str, Any]) -> None:
     """Write the files that were asked for."""
     if options.json:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically("--json", options.json, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json("--json", options.json, result)
     if options.html:
         write_html(options.html, mutants_report(result))
     if options.junit:

@@ -1,5 +1,6 @@
 """Files that a command writes: checked before any work, written in one step after it."""
 
+import json
 import os
 import re
 import tempfile
@@ -85,6 +86,12 @@ def write_atomically(option: str, path: Path, write: Callable[[Path], object]) -
 def printable(text: str) -> str:
     """The text with an escape (`\\x1b`) for what HTML or XML may not hold, and for what deceives."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def write_json(option: str, path: Path, data: object) -> None:
+    """Write data as JSON, in one step."""
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    write_atomically(option, path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _temporary(path: Path) -> Path:

@@ -10,7 +10,6 @@ The file written by `--json` holds one object:
 Ratios are balance over baseline: {"ttft_ms", "tpot_ms", "throughput"}.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from ..scheduler.published import (
     predict,
     published_ratios,
 )
-from .output_files import check_writable, write_atomically
+from .output_files import check_writable, write_json
 from .parallel import run_jobs
 from .progress import progress
 
@@ -95,8 +94,7 @@ def run_published(options: Options) -> None:
         predictions = [p for job in run_jobs(jobs, options.jobs, advance) for p in job]
     _print(predictions)
     if options.json:
-        text = json.dumps(as_json(predictions), indent=2, allow_nan=False) + "\n"
-        write_atomically("--json", options.json, lambda file: file.write_text(text, encoding="utf-8"))
+        write_json("--json", options.json, as_json(predictions))
 
 
 def _print(predictions: Sequence[Prediction]) -> None:

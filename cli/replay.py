@@ -43,7 +43,7 @@ from ..optimized.gdn import IMPLEMENTATIONS
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn.inputs import check_choice
 from . import junit, report
-from .output_files import check_apart, write_atomically
+from .output_files import check_apart, write_atomically, write_json
 from .progress import progress
 
 READ = (*sorted(set(SUFFIXES.values())), ".json")
@@ -301,16 +301,15 @@ def _summary(results: Sequence[Result]) -> str:
 
 
 def _write(options: Options, results: Sequence[Result], seconds: float) -> None:
-    if options.json is not None:
-        text = json.dumps(as_json(options, results, seconds), indent=2, allow_nan=False) + "\n"
-        write_atomically("--json", options.json, lambda path: path.write_text(text, encoding="utf-8"))
+    """The files that were asked for; none where there is no picture to draw."""
+    replay = results[0].wrong or next(iter(results[0].replays), None)
     if options.heatmap is not None:
-        replay = results[0].wrong or results[0].replays[0]
-        if replay.heat is None:
-            allowed = "a call with an output that can be compared"
-            invalid_argument("--heatmap", options.heatmap, allowed)
+        if replay is None or replay.heat is None:
+            invalid_argument("--heatmap", options.heatmap, "a call with an output that can be compared")
         figure = plot_heat(replay)
         write_atomically("--heatmap", options.heatmap, lambda path: figure.savefig(path, dpi=150))
+    if options.json is not None:
+        write_json("--json", options.json, as_json(options, results, seconds))
     if options.html is not None:
         report.write_html(options.html, as_report(options, results))
     if options.junit is not None:

@@ -12,7 +12,6 @@ The file written by `--json` holds one object. The same command writes the same 
                 (scheduler/latencies.py)}}
 """
 
-import json
 import os
 import shlex
 import sys
@@ -37,7 +36,7 @@ from ..scheduler.traces import TraceRequest, read_trace
 from ..scheduler.workload import mix_from_trace
 from ..scheduler.workloads import WORKLOADS, make_requests
 from . import report
-from .output_files import check_apart, write_atomically
+from .output_files import check_apart, write_atomically, write_json
 from .parallel import run_jobs
 from .progress import progress
 from .simulate_runs import Job, Row, Run
@@ -258,8 +257,7 @@ def _rows(plan: Plan, runs: Sequence[Run]) -> list[Row]:
 def _write(plan: Plan, rows: Sequence[Row]) -> None:
     options = plan.options
     if options.json:
-        text = json.dumps(as_json(plan, rows), indent=2, allow_nan=False) + "\n"
-        write_atomically("--json", options.json, lambda file: file.write_text(text, encoding="utf-8"))
+        write_json("--json", options.json, as_json(plan, rows))
     results = [(f"{row.policy}, DP {row.dp_size}", row.result) for row in rows if row.result]
     if options.html:
         from .simulate_report import simulate_report

@@ -21,7 +21,6 @@ The file written by `--json` holds one object:
 """
 
 import dataclasses
-import json
 import math
 import random
 import sys
@@ -60,7 +59,7 @@ from ..reference.gdn.inputs import check_choice
 from ..scheduler.prefill_steps import PrefillStep, prefill_steps
 from ..scheduler.traces import generate_requests, read_trace
 from . import junit, report
-from .output_files import check_apart, check_folder, write_atomically
+from .output_files import check_apart, check_folder, write_json
 from .verify_report import verify_junit, verify_report
 
 # Steps of the workload, and the seed; None is a fresh one.
@@ -271,8 +270,7 @@ def run_verify(options: Options) -> int:
 def _write(options: Options, result: dict[str, Any]) -> None:
     """The files that were asked for."""
     if options.json:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically("--json", options.json, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json("--json", options.json, result)
     if options.html:
         report.write_html(options.html, verify_report(result))
     if options.junit:

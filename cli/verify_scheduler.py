@@ -51,7 +51,7 @@ from ..scheduler.config import SchedulerConfig
 from ..scheduler.traces import read_trace
 from ..scheduler.workload import RequestMix, mix_from_trace
 from . import junit, report
-from .output_files import check_apart, check_folder, write_atomically
+from .output_files import check_apart, check_folder, write_json
 from .progress import progress
 from .verify_scheduler_report import scheduler_junit, scheduler_report
 
@@ -142,8 +142,7 @@ def run_verify_scheduler(options: Options) -> int:
 def _write(options: Options, result: dict[str, Any]) -> None:
     """The files that were asked for."""
     if options.json:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically("--json", options.json, lambda file: file.write_text(text, encoding="utf-8"))
+        write_json("--json", options.json, result)
     if options.html:
         report.write_html(options.html, scheduler_report(result))
     if options.junit:
