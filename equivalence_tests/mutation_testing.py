@@ -223,6 +223,7 @@ def judge(
                 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
+                sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
                 _limit(most_seconds)
                 sys.meta_path.insert(0, _InPlace(module, path, source))
                 listener = _Listener(seconds_of)

@@ -701,8 +701,8 @@ MUTANTS = (
     Mutant(
         "value heads of all ranks",
         "gdn_metadata",
-        "num_value_heads // vllm_config.parallel_config.tensor_parallel_size",
-        "num_value_heads",
+        "num_value_heads //= vllm_config.parallel_config.tensor_parallel_size",
+        "num_value_heads //= 1",
         _by_values_of_one_of_two_ranks,
     ),
     Mutant("one slot", "gdn_metadata", "RING_DEPTH = 6", "RING_DEPTH = 1", _by_drafting),
