@@ -24,6 +24,7 @@ from ascend_twin.fixtures.record import (
     Recorder,
     RecordingFolder,
     RecordSettings,
+    ignored_variables,
     read_record_settings,
     redact,
 )
@@ -151,6 +152,38 @@ def test_settings_that_are_wrong_name_variable_value_and_what_is_allowed(
     assert variable in message
     assert repr(value) in message
     assert allowed in message
+
+
+@pytest.mark.parametrize("asked", [{"ASCEND_TWIN_RECORD": "x"}, {"ASCEND_TWIN_CHECK": "1/7"}])
+@pytest.mark.parametrize(
+    "variable", ["ASCEND_TWIN_RECORDS", "ASCEND_TWIN_CHEK", "ASCEND_TWIN_CHECKS", "ASCEND_TWIN_RECORD_every"]
+)
+def test_variables_that_nobody_knows_are_refused_where_others_ask_and_else_named(
+    variable: str, asked: dict[str, str]
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"{variable};.*ASCEND_TWIN_CHECK"):
+        read_record_settings({**asked, variable: "1"})
+    assert read_record_settings({variable: "1"}) is None
+    assert ignored_variables({variable: "1", "HOME": "/"}).startswith(f"{variable}: not known (known are ")
+
+
+@pytest.mark.parametrize("asked", [{}, {"ASCEND_TWIN_CHECK": "1/7"}, {"ASCEND_TWIN_RECORD": ""}])
+def test_filters_without_a_folder_are_named(asked: dict[str, str]) -> None:
+    ignored = ignored_variables({**asked, "ASCEND_TWIN_RECORD_WHEN": "nonfinite"})
+    assert ignored == "ASCEND_TWIN_RECORD_WHEN: nothing is recorded, for ASCEND_TWIN_RECORD is not set"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"ASCEND_TWIN_FAILURES": "x", "ASCEND_TWIN_CHECK": "1/7"},
+        {"ASCEND_TWIN_RECORD": "x", "ASCEND_TWIN_RECORD_WHEN": "nonfinite"},
+    ],
+)
+def test_variables_that_are_right_are_not_named(environ: dict[str, str]) -> None:
+    assert ignored_variables(environ) == ""
+    read_record_settings(environ)
 
 
 def test_settings_refuse_an_unknown_variable() -> None:
@@ -448,6 +481,36 @@ for _ in range(50):
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
     assert len(_steps(tmp_path)) == 50
+
+
+def test_recorder_says_once_that_it_is_on_and_what_came_of_it_in_the_end(tmp_path: Path) -> None:
+    program = f"""
+import logging, torch
+from pathlib import Path
+from ascend_twin.fixtures.record import Recorder, RecordSettings
+logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
+recorder = Recorder(RecordSettings(Path({str(tmp_path)!r}), every=2, check_every=5))
+recorder.check = lambda fixture: "other" if fixture.origin["step"] == 5 else ""
+recorder.announce(logging.getLogger("vllm.some"))
+recorder.announce(logging.getLogger("vllm.some"))
+source = recorder.source("gdn", "layer")
+x, gate = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1)
+for _ in range(10):
+    recording = source.start()
+    if recording is not None:
+        with recording:
+            recording.add(lambda: {{"q": x, "k": x, "v": x, "g": gate, "beta": gate}})
+            recording.finish({{}})
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True
+    )
+    said = [line.split(" ", 1) for line in run.stderr.splitlines()]
+    assert [line for name, line in said if name == "vllm.some"] == [
+        f"Recording gdn, metadata, scheduler, dp into {tmp_path} (when: always; every: 2). "
+        "Checking 1 call in 5 of each layer against the reference.",
+        f"Recordings of this process, in {tmp_path}: recorded 5, checked 2, mismatched 1, dropped 0.",
+    ]
 
 
 # Off the hot path

@@ -220,7 +220,7 @@ def test_redacted_trace_holds_no_token_and_no_text() -> None:
 def _trace_file(folder: Path, name: str = "scheduler", **settings: Any) -> tuple[Recorder, TraceFile]:
     recorder = Recorder(RecordSettings(folder=folder, **settings))
     config = plain_config(UpstreamScheduler(CONFIG))
-    return recorder, TraceFile(recorder, name, "dp0", lambda: Fixture("scheduler", config))
+    return recorder, TraceFile(recorder, name, "rank0", lambda: Fixture("scheduler", config))
 
 
 def test_trace_file_holds_all_records_in_order(tmp_path: Path) -> None:
@@ -230,8 +230,8 @@ def test_trace_file_holds_all_records_in_order(tmp_path: Path) -> None:
     recorder.flush()
     (path,) = tmp_path.iterdir()
     assert list(read_fixture(path).records) == records
-    assert "scheduler" in path.name
-    assert "dp0" in path.name
+    assert path.name.endswith("-rank0-00000000-scheduler.jsonl")
+    assert recorder.counts["recorded"] == 1
 
 
 def test_trace_file_ends_where_the_folder_is_full(tmp_path: Path) -> None:
@@ -244,6 +244,7 @@ def test_trace_file_ends_where_the_folder_is_full(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     records = read_fixture(path).records
     assert path.stat().st_size <= 6_000
+    assert recorder.counts["dropped"] == 1
     assert 10 < len(records) < 60
     assert [record["number"] for record in records] == list(range(len(records)))
 
@@ -254,7 +255,9 @@ def test_trace_file_is_one_a_life_as_many_as_are_asked_for(
 ) -> None:
     recorder = Recorder(RecordSettings(folder=tmp_path, first=first))
     for life in range(3):
-        file = TraceFile(recorder, "scheduler", "dp0", lambda life=life: Fixture("scheduler", {"life": life}))
+        file = TraceFile(
+            recorder, "scheduler", "rank0", lambda life=life: Fixture("scheduler", {"life": life})
+        )
         file.write([{"call": "x"}])
         recorder.flush()
     found = [read_fixture(path).config["life"] for path in sorted(tmp_path.iterdir())]
@@ -285,7 +288,9 @@ def _record_for_ever(folder: Path) -> None:
     try:
         recorder = Recorder(RecordSettings(folder=folder))
         scheduler = UpstreamScheduler(CONFIG)
-        file = TraceFile(recorder, "scheduler", "dp0", lambda: Fixture("scheduler", plain_config(scheduler)))
+        file = TraceFile(
+            recorder, "scheduler", "rank0", lambda: Fixture("scheduler", plain_config(scheduler))
+        )
         SchedulerRecorder(scheduler, file.write)
         for i in range(10**9):
             scheduler.add_request(new_request(f"r{i}", [i % 5] * 6))

@@ -99,6 +99,32 @@ def test_an_unknown_vllm_gets_one_warning_that_names_what_is_off(
     assert str(version()) in said[0]
 
 
+@pytest.mark.parametrize("variable", ["ASCEND_TWIN_CHEK", "ASCEND_TWIN_RECORD_WHEN"])
+def test_registering_names_variables_that_change_nothing(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setattr(plugin, "_status", {})
+    monkeypatch.setenv(variable, "mismatch")
+    said: list[str] = []
+    logger = logging.getLogger(f"vllm.{plugin.__name__}")
+    monkeypatch.setattr(logger, "warning", lambda message, *values: said.append(message % values))
+    plugin.register()
+    plugin.register()
+    (line,) = said
+    assert line.startswith(f"Environment variables change nothing: {variable}: ")
+
+
+def test_registering_refuses_variables_that_are_wrong_where_recordings_are_asked_for(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "_status", {})
+    monkeypatch.setenv("ASCEND_TWIN_CHECK", "1/7")
+    monkeypatch.setenv("ASCEND_TWIN_RECORDS", "somewhere")
+    with pytest.raises(InvalidArgumentError, match="ASCEND_TWIN_RECORDS"):
+        plugin.register()
+    assert plugin.status() == {}
+
+
 def test_ranks_without_a_store_in_common_are_left_alone(
     modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,6 +212,20 @@ def test_without_the_environment_nothing_is_put_in_place(monkeypatch: pytest.Mon
 
 
 @pytest.mark.vllm032
+def test_recorder_is_announced_where_vllm_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = record.Recorder(record.RecordSettings(tmp_path, every=3))
+    monkeypatch.setattr(record_gdn, "process_recorder", lambda: recorder)
+    said: list[str] = []
+    logger = logging.getLogger(f"vllm.{record_gdn.__name__}")
+    monkeypatch.setattr(logger, "info", lambda message, *values: said.append(message % values))
+    for layer in ("one", "two"):
+        assert record_gdn.call_recorder(layer) is not None
+    (line,) = said
+    assert str(tmp_path) in line
+    assert "every: 3" in line
+
+
+@pytest.mark.vllm032
 def test_wrong_environment_stops_who_makes_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASCEND_TWIN_RECORD", "somewhere")
     monkeypatch.setenv("ASCEND_TWIN_RECORD_EVERY", "often")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,7 @@ def implementations() -> tuple[str, ...]:
 def test_recorded_engines_replay(tmp_path: Path, life: Life) -> None:
     schedulers, collectives = record_engines(tmp_path, life)
     assert len(schedulers) == 2
+    assert [fixture.origin["rank"] for fixture in schedulers] == ["dp0.rank0", "dp1.rank1"]
     for fixture in schedulers:
         assert fixture.config["version"] == installed_vllm.version()
         assert fixture.config["asynchronous"] == life.is_async
@@ -133,6 +135,16 @@ def test_gather_that_one_rank_makes_otherwise_is_named(
     assert replay.first is not None
     assert replay.first.place["step"] in (4, 5)
     assert "gather" in replay.diagnosis
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank"), [((1, 0, 4), "rank0"), ((2, 0, 1), "dp0.rank0"), ((2, 1, 4), "dp1.rank4")]
+)
+def test_trace_has_the_rank_of_the_first_worker(sizes: tuple[int, int, int], rank: str) -> None:
+    from ascend_twin.optimized.vllm.record_scheduler import engine_rank
+
+    names = ("data_parallel_size", "data_parallel_rank", "world_size")
+    assert engine_rank(SimpleNamespace(**dict(zip(names, sizes, strict=True)))) == rank
 
 
 def test_nothing_is_wrapped_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,15 @@ def register() -> None:
     """Install every concern; one warning names those that the installed vLLM does not allow.
 
     vLLM runs without these as if the plugin were not there. Calling it again does nothing.
+
+    Raises:
+        InvalidArgumentError: for variables of the environment that ask for recordings and are wrong.
     """
     if _status:
         return
+    is_front_end = multiprocessing.parent_process() is None  # the processes that it starts would repeat it
+    if is_front_end:
+        _read_variables()
     for concern, module in CONCERNS.items():
         _status[concern] = _why_off(module)
     from ...fixtures.record import is_asked_for
@@ -45,13 +51,22 @@ def register() -> None:
     off = [
         f"{concern} ({reason})" for concern, reason in _status.items() if reason and concern not in unasked
     ]
-    if off and multiprocessing.parent_process() is None:  # the processes that it starts would repeat it
+    if off and is_front_end:
         logging.getLogger(f"vllm.{__name__}").warning(
             "ascend-twin is tested with vLLM %s; with this one, %s, off: %s",
             " and ".join(TESTED_VERSIONS),
             ", ".join(" ".join(named) for named in vllm_distributions().items()) or "not installed",
             "; ".join(off),
         )
+
+
+def _read_variables() -> None:
+    """Refuse variables of the environment that are wrong; one warning names those that change nothing."""
+    from ...fixtures.record import ignored_variables, read_record_settings
+
+    read_record_settings()
+    if ignored := ignored_variables():
+        logging.getLogger(f"vllm.{__name__}").warning("Environment variables change nothing: %s", ignored)
 
 
 def status() -> dict[str, str | None]:

@@ -6,6 +6,7 @@ Nothing of it runs unless the environment asks for recordings or checks: `fixtur
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from ...fixtures.store import Fixture
 from ..gdn.metadata import ChunkMetadata, ChunkMetadataBuilder
 from ..gdn.recording import record_call
 from .gdn_core import METADATA_FIELD, StateLayout, convert_states, gather_states, metadata_fit
+
+_logger = logging.getLogger(f"vllm.{__name__}")
 
 _DEVICE_EPS = 1e-6
 """Of vLLM's kernels for GPUs, which have no such argument."""
@@ -30,6 +33,7 @@ def open_recorder() -> Recorder | None:
     recorder = process_recorder()
     if recorder is not None:
         recorder.check = _differences
+        recorder.announce(_logger)
     return recorder
 
 
@@ -62,7 +66,7 @@ def record_builds(
 
 
 def rank_name() -> str:
-    """The rank of this process among those of vLLM, as "rank0"; with data parallelism "dp1.rank0"."""
+    """The rank of this process among those of vLLM, as "rank0"; with data parallelism "dp1.rank3"."""
     from vllm.config import get_current_vllm_config_or_none
 
     is_apart = torch.distributed.is_available() and torch.distributed.is_initialized()

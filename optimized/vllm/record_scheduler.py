@@ -8,6 +8,7 @@ first step. Each has a file of its own. fixtures/record_traces.py says how; here
 
 import datetime
 import functools
+import logging
 import os
 import threading
 import time
@@ -44,6 +45,8 @@ OPTIONS = (
 
 REDUCTIONS = ("sync_dp_state", "has_unfinished_dp")
 """Of ParallelConfig: the reduction over who has unfinished requests, the newer name first."""
+
+_logger = logging.getLogger(f"vllm.{__name__}")
 
 _INTERVAL = 32  # of the version that has it as a number in its source
 _GROUPS = {"FullAttentionSpec": "full_attention", "MambaSpec": "mamba"}
@@ -100,8 +103,8 @@ def record_scheduler(scheduler: Any) -> None:
     Raises:
         InvalidArgumentError: for settings that are not allowed, which end the engine that is being made.
     """
-    recorder = process_recorder()
-    if recorder is None or not recorder.wants("scheduler"):
+    recorder = _open_recorder("scheduler")
+    if recorder is None:
         return
     config = scheduler.vllm_config
     is_redacted = recorder.settings.redact
@@ -110,9 +113,26 @@ def record_scheduler(scheduler: Any) -> None:
     def fixture() -> Fixture:
         return Fixture("scheduler", trace_config(scheduler, is_redacted), origin=_origin(scheduler, rank))
 
-    rank = f"dp{getattr(config.parallel_config, 'data_parallel_rank', 0)}"
+    rank = engine_rank(config.parallel_config)
     file = TraceFile(recorder, "scheduler", rank, fixture)
     SchedulerRecorder(scheduler, _up_to(recorder, file.write), redaction=redaction)
+
+
+def _open_recorder(kind: str) -> Recorder | None:
+    """The recorder of this process, if it wants a trace of this kind."""
+    recorder = process_recorder()
+    if recorder is None:
+        return None
+    recorder.announce(_logger)
+    return recorder if recorder.wants(kind) else None
+
+
+def engine_rank(parallel_config: Any) -> str:
+    """The first rank of an engine, as `record_gdn.rank_name` has it: vLLM counts ranks across all engines."""
+    if parallel_config.data_parallel_size == 1:
+        return "rank0"
+    engine = parallel_config.data_parallel_rank
+    return f"dp{engine}.rank{engine * parallel_config.world_size}"
 
 
 def _up_to(recorder: Recorder, write: Write) -> Write:
@@ -201,10 +221,10 @@ def _spec_method(scheduler: Any) -> str:
 
 def record_engine(engine: Any) -> None:
     """Record the collectives of a rank from now on; errors as of `record_scheduler`."""
-    recorder = process_recorder()
-    if recorder is None or not recorder.wants("dp"):
+    recorder = _open_recorder("dp")
+    if recorder is None:
         return
-    rank = f"dp{engine.dp_rank}"
+    rank = engine_rank(engine.vllm_config.parallel_config)
     started = time.time()
     config = collectives_config(engine) | {"started_ms": round(1e3 * started, 3)}
     origin = _origin(engine.scheduler, rank)
