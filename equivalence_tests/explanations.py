@@ -3,7 +3,8 @@
 A recording of somebody's kernel holds what went in and what came out, and no more. So every mistake of
 `mistakes.MISTAKES` is put into the stages of the reference, one at a time, and the one that gives what was
 seen is the explanation. No value head and no sequence sees another, so each pair of them is judged alone: an
-explanation must hold for every pair that is wrong. Of several that do, one that would leave the others right
+explanation must hold for every pair that is wrong, and be much nearer to what was seen than what is right is:
+an error just over the limit is near to many things. Of several that do, one that would leave the others right
 is taken first.
 
 Where a mistake leaves values that nobody wrote, they are NaN in what it gives, and anything may be seen
@@ -19,11 +20,12 @@ import torch
 
 from ..reference.gdn.inputs import scale_or_default
 from .mistakes import MISTAKES, UNWRITTEN, Facts, Given, Mistake, Results, Steps, Variant
-from .recorded_call import RecordedCall
+from .recorded_call import RecordedCall, tells_nothing
 from .tolerances import Errors, smallest_scale
 from .tolerances import limit as limit_of_dtype
 
 _SAMPLED_HEADS = 2
+_NEARER = 3.0  # times: how much nearer to what was seen an explanation is than what is right
 _NEAR = 20.0  # limits: an explanation that is no further off is given limits of its own
 
 Pair = tuple[int, int]  # a sequence and a value head
@@ -120,6 +122,8 @@ class Doctor:
                     continue
                 results = self._results(variant, self._sequences, self._heads)
                 excess = self._excess(results)
+                if not self._is_much_nearer(results):
+                    continue
                 if excess.free and (excess.pairs or self._is_free_where_right(results)):
                     continue  # it says little of what is wrong, and not that the rest is right
                 if best is None or excess < best[0]:
@@ -140,6 +144,25 @@ class Doctor:
             if mistake.name == name:
                 for variant in mistake.variants(self._facts):
                     yield self._results(variant, self._sequences, self._heads)
+
+    def _is_much_nearer(self, results: Results) -> bool:
+        """Whether what is right is much further from what was seen of the wrong pairs, measured in limits."""
+        return _NEARER * self._distance(results) <= self._distance(self._facts.truth)
+
+    def _distance(self, want: Results) -> float:
+        """The largest error over the wrong pairs, in limits."""
+        worst = 0.0
+        for name, known, allowed in zip(
+            Results._fields, (self._seen_o, self._seen_state), self._limits, strict=True
+        ):
+            if known is None or name not in self._failed:
+                continue
+            seen = Results(known, known)
+            for n, errors in self._errors(seen, want, self._sequences, name).items():
+                for error, most in zip(errors, allowed, strict=True):
+                    wrong = [h for m, h in self.wrong if m == n]
+                    worst = max([worst, *(error[wrong] / most).tolist()])
+        return worst
 
     def _excess(self, results: Results) -> "_Excess":
         """What is right, and would not be if this had happened; a pair with anything free would not be."""
@@ -230,7 +253,7 @@ class Doctor:
                 worst = torch.stack(errors).amax(dim=1).tolist()
                 own[:] = [max(pair) for pair in zip(own, worst, strict=True)]
         o, state = (limit_of_dtype(self._dtype, Errors(*own)) for own in (own_o, own_state))
-        return o, state
+        return None if tells_nothing(o) or tells_nothing(state) else (o, state)
 
     def _differing(
         self,

@@ -370,9 +370,19 @@ def _tails(facts: Facts) -> Iterator[Variant]:
 
 
 def _tails_of_states(facts: Facts) -> Iterator[Variant]:
-    if any(length % CHUNK_SIZE for length in facts.given.lens):
+    """Only beside a sequence without a tail, or with decays in all tails that a mistake makes infinite: else
+    nothing says that tails have to do with it."""
+    given = facts.given
+    tails = [length % CHUNK_SIZE for length in given.lens]
+    has_others = any(length and not tail for length, tail in zip(given.lens, tails, strict=True))
+    are_steep = all(
+        (-given.g[end - tail : end].sum(0) > _LARGEST_EXPONENT).any()
+        for end, tail in zip(given.bounds[1:], tails, strict=True)
+        if tail
+    )
+    if any(tails) and (has_others or are_steep):
         state = facts.truth.final_state.clone()
-        state[[length % CHUNK_SIZE > 0 for length in facts.given.lens]] = UNWRITTEN
+        state[[tail > 0 for tail in tails]] = UNWRITTEN
         yield Variant(results=Results(facts.truth.o, state))
 
 
@@ -482,15 +492,17 @@ def _outputs_of_other_heads(facts: Facts) -> Iterator[Variant]:
 def _scaled(facts: Facts) -> Iterator[Variant]:
     """o times some factor; those that somebody may have meant are named."""
     (o, state), seen, scale = facts.truth, facts.given.seen_o, facts.given.scale
-    if seen is None:
+    if seen is None or not scale:
         return
     named = {"left out": 1.0, "twice": scale * scale, "V ** -0.5": seen.shape[-1] ** -0.5}
     for what, meant in named.items():
-        yield Variant(what, results=Results(meant / scale * o, state))
+        if (meant / scale * o).isfinite().all():
+            yield Variant(what, results=Results(meant / scale * o, state))
     size = o.square().sum()
     if size:
         factor = ((seen.nan_to_num() * o).sum() / size).item()
-        yield Variant(f"{factor:.4g} times the right one", results=Results(factor * o, state))
+        if math.isfinite(factor):
+            yield Variant(f"{factor:.4g} times the right one", results=Results(factor * o, state))
 
 
 def _run_chunks_apart(given: Given, *, from_initial_state: bool) -> Results:

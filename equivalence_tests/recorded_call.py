@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,12 +13,11 @@ import torch
 from ..fixtures.store import Fixture
 from ..optimized.gdn import IMPLEMENTATIONS
 from ..optimized.gdn.kernels.block_sizes import CHUNK_SIZE
+from ..reference.errors import invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from ..reference.gdn.inputs import (
     FLOAT_DTYPES,
-    check_choice,
     check_cu_seqlens,
-    check_eps,
     check_gdn_shapes,
     check_shape,
     check_tensor,
@@ -30,6 +30,9 @@ from .tolerances import Errors, limit
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _NONE = Errors(0.0, 0.0)
+_LARGEST_NUMBER = torch.finfo(torch.float32).max
+_LARGEST_LIMIT = 0.25  # of a ratio: an error that is allowed to be larger tells nothing
+_BOOLS, _NAME_OR_NONE = (bool,), (str, type(None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +67,13 @@ class RecordedCall:
         """
         config, tensors = fixture.config, fixture.tensors
         scale, eps = config.get("scale"), config.get("eps", 1e-6)
+        if scale is not None:
+            _check_number("scale", scale, -_LARGEST_NUMBER)
+        _check_number("eps", eps, 0.0)
         normalize = config.get("use_qk_l2norm_in_kernel", False)
-        check_choice("config use_qk_l2norm_in_kernel", normalize, (False, True))
-        check_eps(eps)
+        _check_type("use_qk_l2norm_in_kernel", normalize, _BOOLS, "true or false")
+        _check_type("output_final_state", config.get("output_final_state", True), _BOOLS, "true or false")
+        _check_type("implementation", config.get("implementation"), _NAME_OR_NONE, "a name or null")
         q, k, v, g, beta = (tensors[name] for name in ("q", "k", "v", "g", "beta"))
         state, cu_seqlens = tensors.get("initial_state"), tensors.get("cu_seqlens")
         if state is not None and state.dtype in (torch.bfloat16, torch.float16):
@@ -77,12 +84,14 @@ class RecordedCall:
         def packed(x: torch.Tensor) -> torch.Tensor:
             return x.flatten(0, 1)[None]
 
-        seen = {name: tensors[f"seen.{name}"] for name in ("o", "final_state") if f"seen.{name}" in tensors}
+        seen = by_prefix(tensors, "seen.")
         shapes = {
             "o": ((sizes.B, sizes.T, sizes.HV, sizes.V), "[B, T, HV, V]"),
             "final_state": ((sizes.N, sizes.HV, sizes.K, sizes.V), "[N, HV, K, V]"),
         }
         for name, x in seen.items():
+            if name not in shapes:
+                invalid_argument("tensor", f"seen.{name}", "seen.o, seen.final_state")
             check_tensor(f"seen.{name}", x, 4, FLOAT_DTYPES)
             check_shape(f"seen.{name}", x, *shapes[name])
         if "o" in seen:
@@ -99,8 +108,8 @@ class RecordedCall:
             eps,
             normalize,
             seen,
-            _by_prefix(tensors, "stage."),
-            _by_prefix(tensors, "metadata."),
+            by_prefix(tensors, "stage."),
+            by_prefix(tensors, "metadata."),
             fixture,
         )
 
@@ -165,6 +174,17 @@ class RecordedCall:
     @cached_property
     def _limits(self) -> dict[torch.dtype, tuple[Errors, Errors]]:
         return {}
+
+    def overflows(self, name: str) -> torch.Tensor:
+        """Rows `[T, H]` of q or k of which the sum of squares, which the op takes, is infinite.
+
+        It is taken in float32, of what is float64 in float64; of q only to normalise it.
+        """
+        x = getattr(self.inputs, name)[0]
+        if name == "q" and not self.use_qk_l2norm_in_kernel:
+            return torch.zeros(x.shape[:2], dtype=torch.bool)
+        wide = x if x.dtype == torch.float64 else x.float()
+        return wide.square().sum(-1).isinf()
 
     def place(self, sequence: int, token: int, head: int | None = None) -> dict[str, int]:
         """A token of a sequence as a place: with its chunk, and its head if there is one."""
@@ -306,6 +326,26 @@ class RecordedCall:
         )
 
 
+def tells_nothing(allowed: Errors) -> bool:
+    """Whether limits are so wide, because the reference itself is that far off, that they prove nothing."""
+    return not allowed.ratio <= _LARGEST_LIMIT
+
+
+def _check_number(name: str, value: object, least: float) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not least <= value <= _LARGEST_NUMBER
+    ):
+        allowed = f"a number from {least:.4g} to {_LARGEST_NUMBER:.4g}, as float32 holds"
+        invalid_argument(f"config {name}", reprlib.repr(value), allowed)
+
+
+def _check_type(name: str, value: object, types: tuple[type, ...], allowed: str) -> None:
+    if not isinstance(value, types):
+        invalid_argument(f"config {name}", reprlib.repr(value), allowed)
+
+
 def _ranges(
     bounds: Sequence[int], parts: Sequence[int], lengths: Sequence[int], starts: Sequence[int] | None = None
 ) -> torch.Tensor:
@@ -319,5 +359,6 @@ def _ranges(
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def _by_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def by_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Tensors whose names start so, by what follows."""
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -26,9 +26,9 @@ from .compare import Comparison, compare_o, compare_state
 from .devices import SimulatedDevice, open_test_device
 from .explanations import Doctor, Explanation
 from .kernel_stages import FACTORS, STAGES, StageCase, compare_result, poisoned_memory
-from .recorded_call import RecordedCall
+from .recorded_call import RecordedCall, by_prefix, tells_nothing
 from .replay import RECORDED, Finding, Heat, Replay, is_recorded
-from .tolerances import Errors, smallest_scale
+from .tolerances import REFERENCE_FACTOR, Errors, smallest_scale
 
 REFERENCE = "reference"
 
@@ -41,6 +41,8 @@ _TABLES = {"chunk_indices_chunk64": 0, "chunk_indices_large_block": 1, "block_in
 _STATES = ("h", "final_state")
 _MOST_LISTED = 8
 _MOST_COUNTED = 2**16  # value heads, decodes
+_MOST_TOKENS = 2**24  # of a build: more than any batch has, and tables that are still small
+_TABLE_DTYPES, _MASK_DTYPES = (torch.int32, torch.int64), (torch.bool,)
 
 STAGES_OF = {
     "staged": (
@@ -117,7 +119,7 @@ def judge_again(
     if differences:
         found = [Finding("metadata", "prebuilt", False, difference) for difference in differences]
         return _as_replay(path, subject, call, found)
-    wide = implementation == REFERENCE or not IMPLEMENTATIONS[implementation].rounds_operands
+    wide = _rounds_nothing(implementation)
     return judge(observed, path=path, subject=subject, states_are_wide=wide)
 
 
@@ -126,7 +128,7 @@ def judge(
     *,
     path: str = "",
     subject: str = RECORDED,
-    states_are_wide: bool = False,
+    states_are_wide: bool | None = None,
     mistakes: Sequence[str] | None = None,
 ) -> Replay:
     """Compare what was seen of a call with the definition, and say what it looks like.
@@ -136,7 +138,7 @@ def judge(
         path: of its file.
         subject: what ran.
         states_are_wide: whether states are nowhere rounded to the dtype of the call, and so held to the
-            limits of float32.
+            limits of float32. Default: as the implementation does that the file names, if it is one of ours.
         mistakes: the only ones, by name, that are tried as an explanation. Default: all.
     """
     behind = _padding(call)
@@ -145,12 +147,21 @@ def judge(
     if findings:
         return _as_replay(path, subject, call, findings)
     findings = [*_recorded_metadata(call), *_stages(call), *behind]
+    if states_are_wide is None:
+        states_are_wide = _rounds_nothing(call.fixture.config.get("implementation"))
     limits = _limits(call, states_are_wide)
+    hopeless = _hopeless(call, limits)
+    if hopeless:
+        return _as_replay(path, subject, call, hopeless)
     comparisons = _whole(call, limits)
     findings += [
         _finding(name, name, comparison, call.seen[name], call.truth[name == "final_state"], call)
         for name, comparison in comparisons.items()
     ]
+    if _looks_narrowed(call):
+        state = findings[-1]  # final_state is the last of what was seen
+        note = "all values are exactly representable in bfloat16: was the state narrowed?"
+        findings[-1] = replace(state, message=f"{state.message}; {note}")
     explanation, doctor = None, None
     failed = [name for name, comparison in comparisons.items() if not comparison.passed]
     if failed:
@@ -273,11 +284,57 @@ def _inputs(call: RecordedCall) -> list[Finding]:
             else:
                 place = call.place(*call.sequence_of(first[0]), first[1])
             message = (
-                f"{name} is {x[tuple(first)].item():.4g} at {in_words(place)}, and so or similar "
-                f"{int(wrong.sum())} of {wrong.numel()} values; allowed: {what}"
+                f"{name} is {x[tuple(first)].item():.4g} at {in_words(place)}; {int(wrong.sum())} of "
+                f"{wrong.numel()} values are not allowed; allowed: {what}"
+            )
+            found.append(Finding("inputs", name, False, message, place))
+    return found or _overflows(call)
+
+
+def _overflows(call: RecordedCall) -> list[Finding]:
+    """Rows of q and k that the op cannot take the length of."""
+    found = []
+    for name in ("q", "k"):
+        wrong = call.overflows(name)
+        if wrong.any():
+            row, head = wrong.nonzero()[0].tolist()
+            place = call.place(*call.sequence_of(row), head)
+            x = getattr(call.inputs, name)[0, row, head]
+            dtype = "float64" if x.dtype == torch.float64 else "float32"
+            message = (
+                f"{name} is {x[x.abs().argmax()].item():.4g} at {in_words(place)}: its square overflows "
+                f"{dtype}; {int(wrong.sum())} of {wrong.numel()} rows are not allowed"
             )
             found.append(Finding("inputs", name, False, message, place))
     return found
+
+
+def _hopeless(call: RecordedCall, limits: tuple[Errors, Errors]) -> list[Finding]:
+    """Results that cannot be judged: of these inputs the reference itself makes something else."""
+    found = []
+    for name, allowed in zip(("o", "final_state"), limits, strict=True):
+        if name in call.seen and tells_nothing(allowed):
+            message = (
+                f"{name} cannot be judged: from these inputs the reference itself, run in {call.case.dtype}, "
+                f"is off by a ratio of {allowed.ratio / REFERENCE_FACTOR:.1e}"
+            )
+            found.append(Finding("inputs", name, False, message))
+    return found
+
+
+def _rounds_nothing(implementation: str | None) -> bool:
+    """Whether it is one of ours, and computes with operands as they come."""
+    if implementation in IMPLEMENTATIONS:
+        return not IMPLEMENTATIONS[implementation].rounds_operands
+    return implementation == REFERENCE
+
+
+def _looks_narrowed(call: RecordedCall) -> bool:
+    """Whether final states, which started from float32, hold nothing that bfloat16 does not."""
+    initial, state = call.fixture.tensors.get("initial_state"), call.seen.get("final_state")
+    if initial is None or state is None or {initial.dtype, state.dtype} != {torch.float32}:
+        return False
+    return int(state.count_nonzero()) > 1 and torch.equal(state, state.bfloat16().float())
 
 
 def _padding(call: RecordedCall) -> list[Finding]:
@@ -287,7 +344,7 @@ def _padding(call: RecordedCall) -> list[Finding]:
         return []
     rows = call.seen["o"][0, end:]
     if not rows.count_nonzero():
-        return [Finding("o", "padding", True, f"padding: {len(rows)} rows behind the last sequence are 0")]
+        return [Finding("o", "padding", True, "padding: rows behind the last sequence are 0")]
     token, head, column = rows.nonzero()[0].tolist()
     message = (
         f"padding: expected 0, got {rows[token, head, column].item():.4g} in row {end + token}, head {head}, "
@@ -320,15 +377,27 @@ def compare_metadata(
         found: by field of `ChunkMetadata`, some of them.
         bounds: N + 1 ints, bounds (tokens) of the sequences.
         block_sizes: as in `ChunkMetadata`.
+
+    Raises:
+        InvalidArgumentError: for a field that there is not.
     """
     expected = expected_metadata(bounds, block_sizes)
     expected["chunk_offsets_int64"] = expected["chunk_offsets_chunk64"]
+    for name in found:
+        if name not in expected:
+            allowed = f"metadata.* with one of {', '.join(expected)}"
+            invalid_argument("tensor", f"metadata.{name}", allowed)
     findings = []
     for name, wanted in expected.items():
         if name not in found:
             continue
         if wanted is None:  # allowed to be absent: then it says nothing else than that
             wanted = torch.ones(len(bounds) - 1) if name == "keep_meta" else torch.tensor(bounds)
+        dtypes = _MASK_DTYPES if name == "keep_meta" else _TABLE_DTYPES
+        if found[name].dtype not in dtypes:
+            message = f"{name} has dtype {found[name].dtype}, expected {' or '.join(map(str, dtypes))}"
+            findings.append(Finding("metadata", name, False, message))
+            continue
         actual = found[name].long()
         wanted = torch.as_tensor(wanted).long()
         if actual.shape == wanted.shape and torch.equal(actual, wanted):
@@ -342,11 +411,11 @@ def compare_metadata(
 def _metadata_finding(
     name: str, actual: torch.Tensor, wanted: torch.Tensor, bounds: list[int], block_size: int
 ) -> Finding:
-    if actual.shape[1:] != wanted.shape[1:]:
+    if actual.ndim != wanted.ndim or actual.shape[1:] != wanted.shape[1:] or not len(actual):
         message = f"{name} has shape {tuple(actual.shape)}, expected {tuple(wanted.shape)}"
         return Finding("metadata", name, False, message)
     length = min(len(actual), len(wanted))
-    differs = (actual[:length] != wanted[:length]).view(length, -1).any(1)
+    differs = (actual[:length] != wanted[:length]).view(length, max(1, wanted[:1].numel())).any(1)
     row = int(differs.int().argmax()) if differs.any() else length
     got, want = (x[row].tolist() if row < len(x) else "nothing" for x in (actual, wanted))
     message = f"{name}[{row}] is {got}, expected {want}"
@@ -642,6 +711,12 @@ def _replay_metadata(fixture: Fixture, path: str, device: str, *, again: bool) -
     if config.get("num_actual_seqs") is not None:
         num_seqs = _count(config, "num_actual_seqs", 0, num_seqs)
     given = check_cu_seqlens(cu_seqlens[: num_seqs + 1])
+    if given[-1] > _MOST_TOKENS:
+        invalid_argument("cu_seqlens[-1]", given[-1], f"<= {_MOST_TOKENS:,} tokens")
+    if masks is not None:
+        check_tensor("spec_sequence_masks", masks, 1, (torch.bool,))
+        if len(masks) < num_seqs:
+            invalid_argument("spec_sequence_masks.shape", tuple(masks.shape), f"[N], N >= {num_seqs}")
     bounds = [0]
     for n in range(num_seqs):
         if masks is None or not masks[n]:
@@ -650,9 +725,7 @@ def _replay_metadata(fixture: Fixture, path: str, device: str, *, again: bool) -
     if not again and is_recorded(fixture):
         subject = RECORDED
         block_sizes = _block_sizes(config.get("block_sizes", own))
-        found = {
-            name.removeprefix("metadata."): x for name, x in fixture.tensors.items() if "metadata." in name
-        }
+        found = by_prefix(fixture.tensors, "metadata.")
         findings = [_block_sizes_finding(block_sizes, own), *compare_metadata(found, bounds, block_sizes)]
     else:
         subject = f"our builder on {device}"

@@ -14,6 +14,7 @@ from ascend_twin.equivalence_tests import replay_gdn as module
 from ascend_twin.equivalence_tests.cases import PrefillCase, expected_metadata
 from ascend_twin.equivalence_tests.minimize_fixture import minimize_fixture
 from ascend_twin.equivalence_tests.mistakes import MISTAKES
+from ascend_twin.equivalence_tests.online_check import differences
 from ascend_twin.equivalence_tests.recorded_call import RecordedCall
 from ascend_twin.equivalence_tests.replay import RECORDED, Replay, replay_fixture
 from ascend_twin.equivalence_tests.replay_gdn import (
@@ -275,7 +276,7 @@ _wrong(
 _wrong("compact ranks", lambda x, _: _unwritten(x, [*range(5, 45)], [2]), EMPTY)
 _wrong("decay in two factors", _two_factors, STEEP)
 _wrong("tails", lambda x, _: _unwritten(x, [*range(64, 70), 134], [0, 1]))
-_wrong("tails in the final state", lambda x, _: _unwritten(x, [], [0, 1]))
+_wrong("tails in the final state", lambda x, _: _unwritten(x, [], [0]), WIDE)
 _wrong("another gate", lambda x, _: x.run(g=x.g * torch.linspace(0.2, 0.9, len(x.g))[:, None].double()))
 
 
@@ -409,6 +410,112 @@ def test_replay_blames_inputs_that_no_op_is_made_for(name: str, value: float, al
         assert replay.first is not None
         assert replay.first.place == {"sequence": 1, "chunk": 0, "token": 1, "head": 1}
         assert replay.first.message.endswith(f"allowed: {allowed}")
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_replay_blames_rows_whose_squares_overflow(name: str) -> None:
+    call = Call(dataclasses.replace(CASE, dtype="bfloat16"))
+    x = getattr(call.inputs, name).clone()
+    x[0, 71, 1, 3] = -(2.0**67)
+    o, state = call.run()
+    garbage = call.fixture((-o, -state), **{name: x})
+    for implementation in (None, "eager"):
+        replay = replay_fixture(garbage, implementation=implementation)
+        assert replay.blame == "inputs"
+        assert replay.first is not None
+        assert replay.first.place == {"sequence": 1, "chunk": 0, "token": 1, "head": 1}
+        assert f"{name} is -1.476e+20 at sequence 1" in replay.first.message
+        assert "its square overflows float32" in replay.first.message
+    assert differences(garbage) == f"squares of {name} overflow"
+
+
+def test_replay_does_not_judge_by_a_reference_that_is_far_off() -> None:
+    """o is the difference of two rows of the state that are nearly equal, and lost in bfloat16."""
+    call = Call(dataclasses.replace(CASE, dtype="bfloat16", use_qk_l2norm_in_kernel=False))
+    q, k, state = torch.zeros_like(call.inputs.q), call.inputs.k.clone(), call.state.float()
+    q[..., :2], k[..., :2] = 1, 0
+    state[:, :, 1] = -state[:, :, 0] * (1 + 2**-10)
+    replay = replay_fixture(call.fixture(call.run(), q=q, k=k, initial_state=state))
+    assert replay.blame == "inputs"
+    assert [f.name for f in replay.findings] == ["o"]
+    assert "o cannot be judged: from these inputs the reference itself, run in bfloat16" in replay.diagnosis
+
+
+@pytest.mark.parametrize("implementation", ["eager", None])
+def test_replay_sees_a_final_state_that_was_narrowed(implementation: str | None) -> None:
+    call = Call(dataclasses.replace(CASE, dtype="bfloat16"))
+    o, state = call.run()
+    for narrow in (True, False):
+        fixture = call.fixture((o, state.bfloat16() if narrow else state))
+        fixture = dataclasses.replace(fixture, config={**fixture.config, "implementation": implementation})
+        replay = replay_fixture(fixture)
+        assert replay.passed is not (narrow and implementation == "eager")
+        assert ("was the state narrowed?" in replay.findings[-1].message) is narrow
+
+
+def test_replay_names_no_mistake_for_what_is_just_over_the_limit() -> None:
+    call = Call(dataclasses.replace(CASE, dtype="bfloat16"))
+    o, state = call.run()
+    noise = torch.randn(o.shape, generator=torch.Generator().manual_seed(3), dtype=o.dtype)
+    for shift in (0.009, 0.011):  # another scale gives most of it, and leaves the noise
+        replay = replay_fixture(call.fixture((o * (1 + shift + 0.006 * noise), state)))
+        assert (replay.passed, _explanation(replay)) == (False, None)
+
+
+def test_replay_blames_tails_only_beside_a_sequence_without_one() -> None:
+    wrong = _unwritten(WIDE, [], [0])
+    assert _explanation(replay_fixture(WIDE.fixture(wrong))) == "tails in the final state"
+    assert _explanation(replay_fixture(WIDE.fixture(_unwritten(WIDE, [], [0, 1])))) is None
+    assert _explanation(replay_fixture(Call().fixture(_unwritten(Call(), [], [0, 1])))) is None
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e200])
+def test_replay_names_no_scale_that_is_no_number(value: float) -> None:
+    o, state = (call := Call(dataclasses.replace(CASE, dtype="float64"))).run()
+    replay = replay_fixture(call.fixture((torch.full_like(o, value), state)))
+    assert (replay.passed, _explanation(replay)) == (False, None)
+    assert "nan times" not in replay.diagnosis
+
+
+def test_replay_takes_a_scale_of_0() -> None:
+    call = Call()
+    o, state = call.run()
+    for factor in (0, 1):
+        fixture = call.fixture((factor * o, state))
+        fixture = dataclasses.replace(fixture, config={**fixture.config, "scale": 0})
+        assert replay_fixture(fixture).passed is (factor == 0)
+        assert replay_fixture(fixture, implementation="eager").passed
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("scale", 1e308, "a number from -3.403e"),
+        ("scale", -(10**400), "a number from -3.403e"),
+        ("scale", True, "a number from -3.403e"),
+        ("scale", [1], "a number from -3.403e"),
+        ("eps", 10**400, "a number from 0 to 3.403e"),
+        ("eps", None, "a number from 0 to 3.403e"),
+        ("eps", math.nan, "a number from 0 to 3.403e"),
+        ("use_qk_l2norm_in_kernel", 1, "true or false"),
+        ("output_final_state", "x", "true or false"),
+        ("implementation", {}, "a name or null"),
+    ],
+)
+def test_replay_refuses_options_that_are_none(name: str, value: object, allowed: str) -> None:
+    fixture = _fixture(CASE)
+    fixture = dataclasses.replace(fixture, config={**fixture.config, name: value})
+    with pytest.raises(InvalidArgumentError, match=f"config {name} is .*; allowed: {allowed}"):
+        replay_fixture(fixture)
+
+
+def test_replay_refuses_what_nobody_sees() -> None:
+    for name, allowed in (
+        ("seen.z", "seen.o, seen.final_state"),
+        ("metadata.z", "metadata.. with one of"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"tensor is {name}; allowed: {allowed}"):
+            replay_fixture(_fixture(CASE, **{name: torch.zeros(3)}))
 
 
 def test_replay_compares_padding_of_our_own_and_not_that_of_others() -> None:
@@ -623,6 +730,49 @@ def test_replay_refuses_a_config_that_makes_no_sense(config: dict[str, Any], mes
     fixture = _metadata({"metadata.cu_seqlens": torch.tensor(BOUNDS)}, **config)
     with pytest.raises(InvalidArgumentError, match=message):
         replay_fixture(fixture, implementation="eager" if "num_decodes" in config else None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.float(), "has dtype torch.float32, expected torch."),
+        (lambda x: x[:0], "has shape (0"),
+        (lambda x: x.flatten()[0], "has shape (), expected"),
+        (lambda x: x[None], "has shape (1, "),
+    ],
+)
+def test_replay_tells_tables_of_another_kind(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    for name, x in _tables().items():
+        replay = replay_fixture(_metadata({f"metadata.{name}": change(x)}))
+        assert replay.first is not None
+        assert (replay.first.name, replay.blame) == (name, "metadata")
+        assert message in replay.first.message
+    findings = compare_metadata({"chunk_indices_chunk64": torch.zeros(2, 2).int()}, [0, 0], BLOCKS)
+    assert findings[0].message == "chunk_indices_chunk64[0] is [0, 0], expected nothing"
+
+
+@pytest.mark.parametrize("implementation", [None, "eager"])
+@pytest.mark.parametrize(
+    ("name", "x", "message"),
+    [
+        ("spec_sequence_masks", torch.zeros(0, dtype=torch.bool), "spec_sequence_masks.shape is .0,."),
+        ("spec_sequence_masks", torch.tensor(True), "spec_sequence_masks.shape is .."),
+        ("spec_sequence_masks", torch.zeros(5), "spec_sequence_masks.dtype is torch.float32"),
+        (
+            "cu_seqlens",
+            torch.tensor([0, 2**40]),
+            "cu_seqlens.-1. is 1099511627776; allowed: <= 16,777,216",
+        ),
+    ],
+)
+def test_replay_refuses_a_build_that_makes_no_sense(
+    name: str, x: torch.Tensor, message: str, implementation: str | None
+) -> None:
+    fixture = _metadata({"metadata.cu_seqlens": torch.tensor(BOUNDS), name: x})
+    with pytest.raises(InvalidArgumentError, match=message):
+        replay_fixture(fixture, implementation=implementation)
 
 
 def test_replay_blames_wrong_metadata_of_a_recorded_call() -> None:
