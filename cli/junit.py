@@ -24,6 +24,7 @@ class JUnitCase:
         failure: what is wrong, "" if nothing is; its first line is what a CI system shows in a list.
         skipped: why it was not checked, "" if it was.
         output: what else there is to say.
+        error: why it could not be checked although it should have been, "" if it was.
     """
 
     name: str
@@ -31,6 +32,7 @@ class JUnitCase:
     failure: str = ""
     skipped: str = ""
     output: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,15 @@ def _suite(suite: JUnitSuite) -> "TestSuite":
 
 
 def _case(suite: str, case: JUnitCase) -> "TestCase":
-    from junitparser import Failure, Skipped, TestCase
+    from junitparser import Error, Failure, Skipped, TestCase
 
     element = TestCase(printable(case.name), printable(suite), round(case.seconds, 3))
     if case.failure:
         failure = Failure(printable(case.failure.splitlines()[0]), "failure")
         failure.text = printable(case.failure)
         element.result = failure
+    elif case.error:
+        element.result = Error(printable(case.error), "error")
     elif case.skipped:
         element.result = Skipped(printable(case.skipped))
     if case.output:

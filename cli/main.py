@@ -1,6 +1,9 @@
 """The command `ascend-twin`: what the user types. The work of a command is imported when it runs."""
 
+import errno
 import os
+import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..reference.errors import AscendTwinError, invalid_argument
+from .output_files import printable
 
 _WORKLOAD, _OP, _OUTPUT = "Workload", "Op", "Output"
 
@@ -20,7 +24,14 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except AscendTwinError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            typer.echo(printable(f"error: {' '.join(str(error).split())}"), err=True)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            if error.filename is not None or error.errno in (None, errno.EPIPE):
+                raise
+            with suppress(OSError):  # what is left in the buffer would be tried, and fail, once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            typer.echo(f"error: cannot write the output: {error.strerror}", err=True)
             raise typer.Exit(2) from error
 
 
@@ -255,7 +266,7 @@ def replay(
         str,
         typer.Option(
             help="Where a call is run again: cpu, cuda, npu, or cuda:INDEX, npu:INDEX; sim is a simulated "
-            "accelerator that runs everything as late as it may."
+            "accelerator that runs everything as late as it may, and eager only."
         ),
     ] = "cpu",
     implementation: Annotated[
@@ -311,7 +322,7 @@ def replay(
     ascend-twin replay fixtures/cases/gdn --html report.html --junit junit.xml
 
     Exit status: 0 nothing differs; 1 something does; 2 the input is wrong, or what it takes is not there,
-    said in one line; 130 it was interrupted.
+    said in one line, or a file of a folder is broken, named among the others; 130 it was interrupted.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .replay import Options, run_replay

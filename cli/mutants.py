@@ -97,7 +97,7 @@ def run_mutants(options: Options) -> int:
     }
     check_apart(outputs, {})
     start = time.perf_counter()
-    with progress("bugs", len(bugs) + 1) as advance:
+    with progress("runs", len(bugs) + 1, ", one of which is of the code as it is") as advance:
         try:
             found = exhibit(
                 bugs,

@@ -45,12 +45,13 @@ def check_apart(
     Raises:
         InvalidArgumentError: naming the option.
     """
-    seen = {Path(path).resolve(): name for name, path in inputs.items() if path is not None}
+    # Not Path.resolve: it raises RuntimeError for a link that leads to itself.
+    seen = {os.path.realpath(path): name for name, path in inputs.items() if path is not None}
     for option, (path, suffixes) in outputs.items():
         if path is None:
             continue
         check_writable(option, path, suffixes)
-        other = seen.setdefault(path.resolve(), option)
+        other = seen.setdefault(os.path.realpath(path), option)
         if other != option:
             invalid_argument(option, path, f"another file than that of {other}")
 
@@ -86,6 +87,12 @@ def write_atomically(option: str, path: Path, write: Callable[[Path], object]) -
 def printable(text: str) -> str:
     """The text with an escape (`\\x1b`) for what HTML or XML may not hold, and for what deceives."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """A text that others wrote, for the terminal: printable, one line, so many characters at most."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def write_json(option: str, path: Path, data: object) -> None:

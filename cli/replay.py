@@ -3,13 +3,14 @@
 The JSON file holds
 
     version     1
-    passed      bool: nothing differs
+    passed      bool: nothing differs, and every file could be read
     options     what was asked for
     files       by file {"path", "kind", "title", "notes", "upstream", "origin", "replays", "skipped",
                 "seconds"}; skipped says why it was not replayed, "" if it was. A replay is {"subject",
                 "passed", "blame", "diagnosis", "findings", "details"}; a finding {"stage", "name", "passed",
                 "message", "place", "errors", "limit"}, errors and limit {"ratio", "worst_row"} or null, and
                 an error null where it is no finite number
+    broken      of a folder's files those that cannot be read or replayed anywhere, {"path", "reason"}
     versions    of what the result depends on
     seconds     float
 """
@@ -20,9 +21,10 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 from rich import box
@@ -30,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..equivalence_tests.devices import open_test_device
 from ..equivalence_tests.minimize_fixture import SECONDS, minimize_fixture
 from ..equivalence_tests.replay import RECORDED, Finding, Replay, is_recorded, replay_fixture
 from ..equivalence_tests.replay_gdn import REFERENCE
@@ -40,10 +43,10 @@ from ..equivalence_tests.tolerances import Errors
 from ..equivalence_tests.traced_collectives import merge_ranks
 from ..fixtures.store import SUFFIXES, Fixture, read_fixture, write_fixture
 from ..optimized.gdn import IMPLEMENTATIONS
-from ..reference.errors import UnavailableError, invalid_argument
+from ..reference.errors import AscendTwinError, FixtureError, UnavailableError, invalid_argument
 from ..reference.gdn.inputs import check_choice
 from . import junit, report
-from .output_files import check_apart, write_atomically, write_json
+from .output_files import check_apart, one_line, printable, write_atomically, write_json
 from .progress import progress
 
 READ = (*sorted(set(SUFFIXES.values())), ".json")
@@ -104,33 +107,50 @@ class Result:
         return next((replay for replay in self.replays if not replay.passed), None)
 
 
+class Broken(NamedTuple):
+    """A file of a folder that cannot be read, or replayed anywhere, and why: a line that names it."""
+
+    path: Path
+    reason: str
+
+
 def run_replay(options: Options) -> int:
     """Replay; print the result on stdout and progress on stderr.
 
     Returns:
-        The exit status: 0 when nothing differs, else 1.
+        The exit status: 0 when nothing differs, 1 when something does; 2 when a file of a folder is broken.
 
     Raises:
-        FixtureError, InvalidArgumentError: for wrong input.
+        FixtureError, InvalidArgumentError: for wrong input; for a broken file if it was given by its name.
         UnavailableError: when nothing of it can be replayed here.
     """
     start = time.perf_counter()
     files = _check(options)
-    fixtures = _read(files, options.max_bytes)
+    fixtures, broken = _read(options, files)
     _check_kinds(options, fixtures)
     results = []
     with progress("files", len(fixtures)) as advance:
         for path, fixture in fixtures:
-            results.append(_replay(path, fixture, options, is_only_one=len(fixtures) == 1))
+            try:
+                is_only_one = len(fixtures) == 1 and not broken
+                results.append(_replay(path, fixture, options, is_only_one=is_only_one))
+            except FixtureError as error:
+                _note(broken, options, path, error)
             advance(1)
-    if all(result.skipped for result in results):
+    if results and not broken and all(result.skipped for result in results):
         raise UnavailableError(results[0].skipped)
+    in_detail = len(results) + len(broken) <= _MOST_IN_DETAIL
     for result in results:
-        _print(result, in_detail=len(results) <= _MOST_IN_DETAIL)
-    if len(results) > 1:
-        typer.echo(_summary(results))
+        _print(result, in_detail=in_detail)
+    for _, reason in broken:
+        typer.echo(f"{'BROKEN':8} {one_line(reason, 1000)}")
+    if len(results) + len(broken) > 1:
+        typer.echo(_summary(results, broken))
     seconds = time.perf_counter() - start
-    _write(options, results, seconds)
+    _write(options, results, seconds, broken)
+    if broken:
+        typer.echo(f"error: broken files: {len(broken)} of {len(results) + len(broken)}", err=True)
+        return 2
     return 0 if all(result.passed for result in results) else 1
 
 
@@ -138,10 +158,13 @@ def _check(options: Options) -> list[Path]:
     """The files that are asked for, everything checked that needs no reading."""
     if options.implementation is not None:
         check_choice("--implementation", options.implementation, (*_CALLS, *SCHEDULERS))
+    with suppress(UnavailableError):  # which not every file needs
+        open_test_device(options.device)
     files: list[Path] = []
     for path in options.files:
         if path.is_dir():
             found = sorted(x for x in path.rglob("*") if x.suffix in READ and not x.name.startswith("."))
+            found = [x for x in found if not x.is_dir()]
             if not found:
                 invalid_argument("FILE", path, f"a folder with files that end in {', '.join(READ)}")
             files += found
@@ -161,12 +184,24 @@ def _check(options: Options) -> list[Path]:
     return files
 
 
-def _read(files: Sequence[Path], max_bytes: int) -> list[tuple[Path, Fixture]]:
-    """What the files hold; collectives of ranks of one run together, as of the first of their files."""
+def _read(options: Options, files: Sequence[Path]) -> tuple[list[tuple[Path, Fixture]], list[Broken]]:
+    """What the files hold, and those that are broken.
+
+    Collectives of ranks of one run come together, as of the first of their files. JSON of something else is
+    passed over in a folder.
+    """
     fixtures: list[tuple[Path, Fixture]] = []
+    broken: list[Broken] = []
     runs: dict[str, list[Fixture]] = {}
     for path in files:
-        fixture = read_fixture(path, max_bytes=max_bytes)
+        try:
+            fixture = read_fixture(path, max_bytes=options.max_bytes)
+        except FixtureError as error:
+            _note(broken, options, path, error)
+            continue
+        scenario = fixture.config.get("scenario") if path.suffix == ".json" else None
+        if path not in options.files and scenario is not None and not _OF_A_SCENARIO & set(scenario):
+            continue
         run = fixture.config.get("run") if fixture.kind == "dp" else None
         if run is None:
             fixtures.append((path, fixture))
@@ -175,13 +210,39 @@ def _read(files: Sequence[Path], max_bytes: int) -> list[tuple[Path, Fixture]]:
         else:
             runs[key] = [fixture]
             fixtures.append((path, fixture))
-    merged = {id(ranks[0]): merge_ranks(ranks) for ranks in runs.values()}
-    return [(path, merged.get(id(fixture), fixture)) for path, fixture in fixtures]
+    whole = []
+    for path, fixture in fixtures:
+        ranks = next((ranks for ranks in runs.values() if ranks[0] is fixture), None)
+        try:
+            whole.append((path, fixture if ranks is None else merge_ranks(ranks)))
+        except AscendTwinError as error:
+            _note(broken, options, path, _naming(path, error))
+    if not whole and not broken:
+        allowed = f"a folder with recorded cases, files that end in {', '.join(READ)}"
+        invalid_argument("FILE", ", ".join(map(str, options.files)), allowed)
+    return whole, broken
+
+
+_OF_A_SCENARIO = {"scenario", "config", "events"}
+
+
+def _note(broken: list[Broken], options: Options, path: Path, error: FixtureError) -> None:
+    """Add a file of a folder to those that are broken; raise the error if the file was given by its name."""
+    if path in options.files:
+        raise error
+    broken.append(Broken(path, str(error)))
+
+
+def _naming(path: Path, error: AscendTwinError) -> FixtureError:
+    """The error with the name of the file, if it does not say it."""
+    return FixtureError(str(error) if str(path) in str(error) else f"{path}: {error}")
 
 
 def _check_kinds(options: Options, fixtures: Sequence[tuple[Path, Fixture]]) -> None:
     """Raise for options that have no effect on any of the files."""
     kinds = {fixture.kind for _, fixture in fixtures}
+    if not kinds:
+        return
     if options.implementation in _CALLS and not kinds & {"gdn", "metadata"}:
         invalid_argument("--implementation", options.implementation, f"{' or '.join(SCHEDULERS)} for a trace")
     if options.implementation in SCHEDULERS and "scheduler" not in kinds:
@@ -220,20 +281,22 @@ def _replay(path: Path, fixture: Fixture, options: Options, *, is_only_one: bool
         if is_only_one:
             raise
         return Result(path, fixture, (), time.perf_counter() - start, skipped=str(error))
+    except AscendTwinError as error:
+        raise _naming(path, error) from error
     return Result(path, fixture, replays, time.perf_counter() - start)
 
 
 def _print(result: Result, *, in_detail: bool) -> None:
     if not in_detail:
-        typer.echo(f"{_word(result):8} {result.path}{_what_is_wrong(result)}")
+        typer.echo(printable(f"{_word(result):8} {result.path}{_what_is_wrong(result)}"))
         return
-    typer.echo(f"{result.path}: {_headline(result.fixture)}")
+    typer.echo(f"{printable(str(result.path))}: {_headline(result.fixture)}")
     if result.skipped:
-        typer.echo(f"skipped: {result.skipped}\n")
+        typer.echo(printable(f"skipped: {result.skipped}\n"))
     for replay in result.replays:
         Console(width=None if sys.stdout.isatty() else 140).print(_table(replay))
         if not replay.passed:
-            typer.echo(f"{replay.subject}: {replay.diagnosis}\nTo blame: {replay.blame}.\n")
+            typer.echo(printable(f"{replay.subject}: {replay.diagnosis}\nTo blame: {replay.blame}.\n"))
 
 
 def _word(result: Result) -> str:
@@ -247,7 +310,7 @@ def _what_is_wrong(result: Result) -> str:
 
 
 def _headline(fixture: Fixture) -> str:
-    """What a file is, and where it comes from, in a line."""
+    """What a file is, and where it comes from, in a line; the file may say anything."""
     origin = fixture.origin
     names = {"gdn": "a call of the op", "metadata": "a build of chunk metadata"}
     names |= {"scheduler": "a scheduler's life", "dp": "collectives of data-parallel ranks"}
@@ -257,7 +320,7 @@ def _headline(fixture: Fixture) -> str:
     parts += [f"{name} {origin[name]}" for name in ("layer", "rank", "step", "device") if name in origin]
     if origin.get("minimized_from"):
         parts.append(f"made smaller from {origin['minimized_from']}")
-    return ", ".join(parts)
+    return ", ".join(map(one_line, parts))
 
 
 def _table(replay: Replay) -> Table:
@@ -272,11 +335,11 @@ def _table(replay: Replay) -> Table:
         findings = list(group)
         if is_one and len(findings) > 1:
             names = f"{findings[0].name} and {len(findings) - 1} more"
-            table.add_row(stage, names, *_errors(findings[0]), "", agree)
+            table.add_row(stage, Text(one_line(names)), *_errors(findings[0]), "", agree)
             continue
         for finding in findings:
             result = agree if finding.passed else Text("DIFFERS", "bold red")
-            table.add_row(stage, finding.name, *_errors(finding), _place(finding), result)
+            table.add_row(stage, Text(one_line(finding.name)), *_errors(finding), _place(finding), result)
     return table
 
 
@@ -294,27 +357,29 @@ def _place(finding: Finding) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in finding.place.items())
 
 
-def _summary(results: Sequence[Result]) -> str:
-    counts = [(sum(_word(r) == word for r in results), word) for word in ("agrees", "DIFFERS", "skipped")]
-    words = {"agrees": "agree", "DIFFERS": "differ", "skipped": "were skipped"}
-    return f"{len(results)} files: " + ", ".join(f"{n} {words[word]}" for n, word in counts if n) + "."
+def _summary(results: Sequence[Result], broken: Sequence[Broken]) -> str:
+    words = {"agrees": "agree", "DIFFERS": "differ", "skipped": "were skipped", "broken": "are broken"}
+    counts = {word: sum(_word(result) == word for result in results) for word in words}
+    counts["broken"] = len(broken)
+    said = ", ".join(f"{count} {words[word]}" for word, count in counts.items() if count)
+    return f"{len(results) + len(broken)} files: {said}."
 
 
-def _write(options: Options, results: Sequence[Result], seconds: float) -> None:
+def _write(options: Options, results: Sequence[Result], seconds: float, broken: Sequence[Broken]) -> None:
     """The files that were asked for; none where there is no picture to draw."""
-    replay = results[0].wrong or next(iter(results[0].replays), None)
     if options.heatmap is not None:
-        if replay is None or replay.heat is None:
+        replay = results[0].wrong or next(iter(results[0].replays), None) if results else None
+        if replay is None or replay.heat is None or not replay.heat.chunks:
             invalid_argument("--heatmap", options.heatmap, "a call with an output that can be compared")
         figure = plot_heat(replay)
         write_atomically("--heatmap", options.heatmap, lambda path: figure.savefig(path, dpi=150))
     if options.json is not None:
-        write_json("--json", options.json, as_json(options, results, seconds))
+        write_json("--json", options.json, as_json(options, results, seconds, broken))
     if options.html is not None:
-        report.write_html(options.html, as_report(options, results))
+        report.write_html(options.html, as_report(options, results, broken))
     if options.junit is not None:
-        junit.write_junit(options.junit, as_junit(options, results))
-    if options.minimize is not None:
+        junit.write_junit(options.junit, as_junit(options, results, broken))
+    if options.minimize is not None and results:
         _minimize(options.minimize, options, results[0])
 
 
@@ -342,11 +407,13 @@ def _size(fixture: Fixture) -> str:
     return f"{B * T:,} tokens (H {H}, HV {HV}, K {K}, V {V})"
 
 
-def as_json(options: Options, results: Sequence[Result], seconds: float) -> dict[str, Any]:
+def as_json(
+    options: Options, results: Sequence[Result], seconds: float, broken: Sequence[Broken] = ()
+) -> dict[str, Any]:
     """The object that `--json` writes."""
     return {
         "version": 1,
-        "passed": all(result.passed for result in results),
+        "passed": all(result.passed for result in results) and not broken,
         "options": {
             "files": [str(path) for path in options.files],
             "device": options.device,
@@ -366,6 +433,7 @@ def as_json(options: Options, results: Sequence[Result], seconds: float) -> dict
             }
             for result in results
         ],
+        "broken": [{"path": str(path), "reason": reason} for path, reason in broken],
         "versions": versions(),
         "seconds": seconds,
     }
@@ -399,17 +467,17 @@ def _errors_as_json(errors: Errors | None) -> dict[str, float | None] | None:
     return {name: x if math.isfinite(x) else None for name, x in errors._asdict().items()}
 
 
-def as_report(options: Options, results: Sequence[Result]) -> report.Report:
+def as_report(options: Options, results: Sequence[Result], broken: Sequence[Broken] = ()) -> report.Report:
     """The report of a result."""
     names = [path.name for path in options.files]
     shown = [result for result in results if not result.passed] or list(results[:_MOST_IN_DETAIL])
-    sections = [report.Section(result.path.name, _parts(result)) for result in shown]
-    if len(results) > 1:
-        sections.insert(0, report.Section("Files", [_files(results)]))
-    passed = all(result.passed for result in results)
+    sections = [report.Section(str(result.path), _parts(result)) for result in shown]
+    if len(results) + len(broken) > 1:
+        sections.insert(0, report.Section("Files", [_files(results, broken)]))
+    passed = all(result.passed for result in results) and not broken
     wrong = next((result.wrong for result in results if result.wrong is not None), None)
-    if len(results) > 1:
-        verdict = _summary(results)
+    if len(results) > 1 or broken:
+        verdict = _summary(results, broken)
     else:
         verdict = "All is as it must be." if wrong is None else f"{wrong.subject}: {wrong.diagnosis}"
     subjects = dict.fromkeys(replay.subject for result in results for replay in result.replays)
@@ -422,17 +490,18 @@ def as_report(options: Options, results: Sequence[Result]) -> report.Report:
             {"--device": options.device, "--implementation": options.implementation},
             *map(str, options.files),
         ),
-        facts={"files": str(len(results)), "compared": ", ".join(subjects)},
+        facts={"files": str(len(results) + len(broken)), "compared": ", ".join(subjects)},
         sections=sections,
         versions=versions(),
     )
 
 
-def _files(results: Sequence[Result]) -> report.Table:
+def _files(results: Sequence[Result], broken: Sequence[Broken]) -> report.Table:
     rows = [
-        report.Row((r.path.name, r.fixture.kind, _what_is_wrong(r).removeprefix(": ")), _status(r), _word(r))
+        report.Row((str(r.path), r.fixture.kind, _what_is_wrong(r).removeprefix(": ")), _status(r), _word(r))
         for r in results
     ]
+    rows += [report.Row((str(path), "", reason), "failed", "BROKEN") for path, reason in broken]
     return report.Table(("file", "kind", "what is wrong"), rows)
 
 
@@ -483,7 +552,9 @@ def _timeline(fixture: Fixture) -> report.Figure:
     return report.drawn(plot_collectives(fixture), "Collectives of each rank over time")
 
 
-def as_junit(options: Options, results: Sequence[Result]) -> list[junit.JUnitSuite]:
+def as_junit(
+    options: Options, results: Sequence[Result], broken: Sequence[Broken] = ()
+) -> list[junit.JUnitSuite]:
     """A suite for each kind of a result, with a case for each file and what was compared."""
     suites = []
     for kind in dict.fromkeys(result.fixture.kind for result in results):
@@ -499,4 +570,7 @@ def as_junit(options: Options, results: Sequence[Result]) -> list[junit.JUnitSui
             if result.skipped:
                 cases.append(junit.JUnitCase(str(result.path), skipped=result.skipped))
         suites.append(junit.JUnitSuite(f"replay.{kind}", cases, {"device": options.device, **versions()}))
+    if broken:
+        cases = [junit.JUnitCase(str(path), error=reason) for path, reason in broken]
+        suites.append(junit.JUnitSuite("replay.broken", cases, versions()))
     return suites

@@ -18,7 +18,8 @@ from ascend_twin.equivalence_tests.cases import PrefillCase
 from ascend_twin.fixtures.store import Fixture, read_fixture, write_fixture
 from ascend_twin.reference.gdn import chunk_gated_delta_rule
 
-RECORDINGS = Path(fixtures.__path__[0]) / "cases" / "vllm"
+CASES = Path(fixtures.__path__[0]) / "cases"
+RECORDINGS = CASES / "vllm"
 CASE = PrefillCase((70, 3), seed=1, HV=2, use_qk_l2norm_in_kernel=True)
 
 
@@ -140,6 +141,72 @@ def test_replay_takes_folders_and_says_which_files_differ(tmp_path: Path) -> Non
     assert lines[-1] == "4 files: 3 agree, 1 differ."
 
 
+def test_replay_of_a_folder_judges_all_files_that_are_not_broken(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    right = _call(folder / "right.safetensors").read_bytes()
+    _call(folder / "wrong.safetensors", wrong=True)
+    fixture = read_fixture(folder / "right.safetensors")
+    tensors = {**fixture.tensors, "g": fixture.tensors["g"][:, 1:]}
+    write_fixture(folder / "shape.safetensors", dataclasses.replace(fixture, tensors=tensors))
+    (folder / "short.safetensors").write_bytes(right[:-10])
+    (folder / "empty.jsonl").touch()
+    (folder / "dangling.jsonl").symlink_to("nowhere")
+    (folder / "loop.json").symlink_to("loop.json")
+    (folder / "half.json").write_text("{")
+    (folder / "notes.json").write_text('{"note": 1}')
+    (folder / "folder.json").mkdir()
+    Path(os.fsdecode(bytes(folder) + b"/\xff.jsonl")).touch()
+    broken = {"shape.safetensors", "short.safetensors", "empty.jsonl", "dangling.jsonl", "loop.json"}
+    broken |= {"half.json", "\\udcff.jsonl"}
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "html", "xml")}
+    status, output = _run(folder, "--json", files["json"], "--html", files["html"], "--junit", files["xml"])
+    assert status == 2
+    *lines, summary, last = output.splitlines()
+    assert summary == "9 files: 1 agree, 1 differ, 7 are broken."
+    assert last == "error: broken files: 7 of 9"
+    assert [line.split()[0] for line in lines] == ["agrees", "DIFFERS", *["BROKEN"] * 7]
+    assert {line.split("folder/")[1].split(":")[0] for line in lines[2:]} == broken
+    result = json.loads(files["json"].read_text())
+    assert not result["passed"]
+    assert len(result["broken"]) == 7
+    assert len(list(ElementTree.parse(files["xml"]).iter("error"))) == 7
+    page = files["html"].read_text()
+    assert page.count("BROKEN") == 7
+    assert f"<h2>{folder}/wrong.safetensors" in page
+
+
+def test_replay_of_a_folder_with_nothing_but_other_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text("{}")
+    status, output = _run(tmp_path)
+    assert status == 2
+    assert "a folder with recorded cases" in output
+
+
+def test_replay_prints_what_a_file_says_of_itself_on_one_short_line(tmp_path: Path) -> None:
+    path = _call(tmp_path / "right.safetensors")
+    origin = {"layer": "a\x07b\nc\x1b[31m", "device": "x" * 3000}
+    write_fixture(path, dataclasses.replace(read_fixture(path), origin=origin))
+    status, output = _run(path)
+    assert status == 0
+    headline = output.splitlines()[0]
+    assert "layer a\\x07b c\\x1b[31m, device xxx" in headline
+    assert len(headline) < len(str(path)) + 500
+
+
+def test_replay_says_that_the_disk_is_full() -> None:
+    program = "from ascend_twin.cli.main import app; app()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, "replay", RECORDINGS / "right.safetensors"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: cannot write the output: No space left on device"
+
+
 def test_replay_passes_every_recording_that_is_not_wrong_from_real_vllm() -> None:
     assert _run(RECORDINGS / "right.safetensors")[0] == 0
     assert _run(RECORDINGS / "vllm.safetensors")[0] == 0
@@ -211,12 +278,18 @@ def test_replay_refuses_wrong_input_in_one_line(tmp_path: Path) -> None:
     broken.write_bytes(right.read_bytes()[:-10])
     empty = tmp_path / "empty"
     empty.mkdir()
+    loop = tmp_path / "loop.safetensors"
+    loop.symlink_to(loop)
+    no_sequence = CASES / "gdn" / "asc-10901_no_sequence.safetensors"
     for arguments, message in (
+        ([loop], "loop.safetensors: no such file"),
+        ([no_sequence, "--heatmap", tmp_path / "out.png"], "a call with an output that can be compared"),
         ([tmp_path / "missing.safetensors"], "no such file"),
         ([broken], "not a whole safetensors file"),
         ([empty], "allowed: a folder with files that end in"),
         ([right, "--max-bytes", "10"], "raise max_bytes"),
-        ([no_shape], "g.shape is"),
+        ([no_shape], "no_shape.safetensors: g.shape is"),
+        ([tmp_path, "--device", "tpu"], "error: device is 'tpu'; allowed: cpu"),
         ([right, "--implementation", "fast"], "--implementation is fast; allowed: reference, eager"),
         ([right, "--implementation", "plain"], "--implementation is plain; allowed: reference, eager"),
         ([right, "--device", "tpu"], "device is 'tpu'; allowed: cpu"),

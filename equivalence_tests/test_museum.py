@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -219,6 +219,18 @@ def run(*arguments: str) -> tuple[int, str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
+
+
+def test_interrupted_mutants_says_what_it_counts(museum: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, advance: Callable[[int], object], **__: Any) -> None:
+        advance(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "exhibit", interrupted)
+    assert run("--jobs", "1") == (
+        130,
+        "interrupted after 1 of 3 runs, one of which is of the code as it is\n",
+    )
 
 
 def test_mutants_says_that_a_bug_survived_and_writes_all_files(museum: None, tmp_path: Path) -> None:

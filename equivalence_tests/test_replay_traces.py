@@ -26,6 +26,7 @@ from ascend_twin.equivalence_tests.scheduler_strategies import RandomChooser, ch
 from ascend_twin.equivalence_tests.traced_collectives import merge_ranks
 from ascend_twin.equivalence_tests.traced_collectives_plot import plot_collectives
 from ascend_twin.equivalence_tests.traced_runs import policy_text, record_collectives, record_scenario
+from ascend_twin.equivalence_tests.traced_scheduler import TraceConfig
 from ascend_twin.fixtures.store import Fixture, read_fixture, write_fixture
 from ascend_twin.reference.errors import FixtureError, InvalidArgumentError, UnavailableError
 from ascend_twin.scheduler import SchedulerConfig, UpstreamScheduler
@@ -249,12 +250,23 @@ def test_malformed_record_is_refused_with_its_line(
     assert message in str(caught.value)
 
 
+_SHORT_STEPS = {
+    "num_blocks": 64,
+    "block_size": 128,
+    "max_num_batched_tokens": 96,
+    "max_model_len": 256,
+    "kv_groups": ["mamba", "full_attention"],
+    "mamba_cache_mode": "align",
+}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("scheduler", None, "config is None; allowed: a JSON object"),
+        ("scheduler", None, "scheduler is None; allowed: a JSON object"),
         ("scheduler", {"num_blocks": 10**9}, "scheduler.num_blocks is 1000000000; allowed: an int from 0 to"),
-        ("scheduler", {"num_blocks": 12, "kv_groups": ["SlidingWindowSpec"]}, "config.kv_groups is"),
+        ("scheduler", {"num_blocks": 12, "kv_groups": ["SlidingWindowSpec"]}, "scheduler.kv_groups is"),
+        ("scheduler", _SHORT_STEPS, "scheduler.max_num_batched_tokens is 96; allowed: >= 128 = block_size"),
         ("asynchronous", 1, "asynchronous is 1; allowed: True or False"),
         ("implementation", "sglang", "implementation is 'sglang'; allowed: plain, or vllm with its version"),
         ("options", {"x": []}, "options is {'x': []}"),
@@ -294,6 +306,11 @@ def test_trace_of_another_scheduler_is_refused_with_what_would_do(
     other = replace(trace, config={**trace.config, "implementation": "vllm", **config})
     with pytest.raises(UnavailableError, match=message):
         replay_trace(other, implementation=implementation)
+
+
+def test_config_of_a_later_vllm_may_have_steps_shorter_than_a_block(trace: Fixture) -> None:
+    given = {**trace.config, "scheduler": _SHORT_STEPS, "implementation": "vllm", "version": "0.32.0"}
+    assert TraceConfig.read(given, "trace.jsonl").scenario.config.max_num_batched_tokens == 96
 
 
 def test_unknown_implementation_is_refused(trace: Fixture) -> None:
@@ -379,9 +396,10 @@ def test_scenario_that_fails_is_blamed_on_the_scheduler(monkeypatch: pytest.Monk
 def test_scenario_that_is_none_is_refused() -> None:
     with pytest.raises(FixtureError, match=r"case.json: .*config is missing"):
         replay_trace(Fixture("scheduler", {"scenario": {"events": []}}), path="case.json")
-    too_large = {"config": {"num_blocks": 10**9}, "events": []}
-    with pytest.raises(FixtureError, match=r"scheduler\.num_blocks is 1000000000"):
-        replay_trace(Fixture("scheduler", {"scenario": too_large}), path="case.json")
+    for name, value in (("num_blocks", 10**9), ("block_size", 10**9)):
+        too_large = {"config": {"num_blocks": 600, name: value}, "events": [{"event": "Step"}]}
+        with pytest.raises(FixtureError, match=rf"case\.json: scheduler\.{name} is 1000000000"):
+            replay_trace(Fixture("scheduler", {"scenario": too_large}), path="case.json")
 
 
 # Smaller ones

@@ -20,7 +20,7 @@ from ..fixtures.store import Fixture
 from ..reference.errors import AscendTwinError, FixtureError, UnavailableError, invalid_argument
 from ..scheduler.admission import RankCounts, make_policy
 from ..scheduler.balance import AsyncBalanceScheduler, BalanceScheduler
-from ..scheduler.checks import check_bool, check_int
+from ..scheduler.checks import check_bool, check_int, read_object
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.output import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from ..scheduler.workload import ImageSpec
@@ -33,11 +33,24 @@ IMPLEMENTATIONS = (PLAIN, VLLM)
 PLAIN_VERSION = "0.17.0"
 """Of vLLM: what the plain scheduler does the same as."""
 
-MOST = {"num_blocks": 2**22, "num_spec_tokens": 2**10, "num_speculative_blocks": 2**10}
+MOST = {
+    "num_blocks": 2**22,
+    "block_size": 2**20,
+    "max_model_len": 2**24,
+    "num_spec_tokens": 2**10,
+    "num_speculative_blocks": 2**10,
+}
 """Of a configuration that a trace may ask for: memory is taken for each."""
 
 _MOST_RANKS = 2**16
 _NOT_COMPARED = ("time", "id")
+
+
+class _LaterConfig(SchedulerConfig):
+    """Of a later vLLM, which cuts a block that no step can hold. Source: vllm/config/vllm.py, v0.32.0."""
+
+    def _check_whole_blocks(self) -> None:
+        """Steps may be shorter than a block."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +85,15 @@ class TraceConfig:
             named = {key: given.get(key, False) for key in ("asynchronous", "connector", "redacted")}
             for key, value in named.items():
                 check_bool(key, value)
-            scenario = Scenario.from_json(
-                {
-                    "config": given.get("scheduler"),
-                    "async_scheduling": named["asynchronous"],
-                    "connector": named["connector"],
-                    "events": [],
-                }
-            )
-            refuse_too_large(scenario.config)
             recorded, version = given.get("implementation"), given.get("version", "")
             if recorded not in IMPLEMENTATIONS or not isinstance(version, str):
                 invalid_argument("implementation", reprlib.repr(recorded), "plain, or vllm with its version")
+            kind = SchedulerConfig if (version or PLAIN_VERSION) == PLAIN_VERSION else _LaterConfig
+            scheduler = read_object(kind, given.get("scheduler"), "scheduler", _read_field)
+            refuse_too_large(scheduler)
+            scenario = Scenario(
+                scheduler, (), async_scheduling=named["asynchronous"], connector=named["connector"]
+            )
             options = given.get("options", {})
             if not isinstance(options, Mapping) or not all(isinstance(x, _SCALARS) for x in options.values()):
                 invalid_argument("options", reprlib.repr(options), "an object with numbers")
@@ -96,6 +106,10 @@ class TraceConfig:
     def semantics(self) -> str:
         """The version of vLLM whose scheduler this one is, or does the same as."""
         return self.version or PLAIN_VERSION
+
+
+def _read_field(name: str, value: object, place: str) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def refuse_too_large(config: SchedulerConfig) -> None:

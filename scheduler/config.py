@@ -102,21 +102,13 @@ class SchedulerConfig:
 
     def _check_together(self) -> None:
         """What goes with what, as in vLLM's own checks (vllm/config/vllm.py, v0.17.0)."""
-        budget, threshold = self.max_num_batched_tokens, self.long_prefill_token_threshold
         if not self.enable_chunked_prefill:
             least = self.max_model_len
-            self._check(
-                "max_num_batched_tokens", budget >= least, f">= max_model_len = {least} for whole prompts"
-            )
+            fits = self.max_num_batched_tokens >= least
+            self._check("max_num_batched_tokens", fits, f">= max_model_len = {least} for whole prompts")
         if self.need_mamba_block_aligned_split:
-            of_align = f"{self.block_size} = block_size for mamba_cache_mode align"
-            self._check(
-                "enable_chunked_prefill", self.enable_chunked_prefill, "True for mamba_cache_mode align"
-            )
             self._check("disable_chunked_mm_input", not self.disable_chunked_mm_input, "False for align")
-            self._check("max_num_batched_tokens", budget >= self.block_size, f">= {of_align}")
-            fits = threshold == 0 or threshold >= self.block_size
-            self._check("long_prefill_token_threshold", fits, f"0, or >= {of_align}")
+            self._check_whole_blocks()
         caches_states = "mamba" in self.kv_groups and self.enable_prefix_caching
         allowed = (
             "all or align with prefix caching" if caches_states else "none without mamba or prefix caching"
@@ -126,6 +118,14 @@ class SchedulerConfig:
             has_both = set(self.kv_groups) == set(KV_GROUPS)
             self._check("kv_groups", has_both, "both kinds, where there are several")
         self._check("num_blocks", self.num_blocks >= self.min_num_blocks, f">= {self.min_num_blocks}")
+
+    def _check_whole_blocks(self) -> None:
+        """With mode align, a step must be able to compute a whole block of a prompt."""
+        threshold, of_align = self.long_prefill_token_threshold, "for mamba_cache_mode align"
+        least = f">= {self.block_size} = block_size {of_align}"
+        self._check("enable_chunked_prefill", self.enable_chunked_prefill, f"True {of_align}")
+        self._check("max_num_batched_tokens", self.max_num_batched_tokens >= self.block_size, least)
+        self._check("long_prefill_token_threshold", not 0 < threshold < self.block_size, f"0, or {least}")
 
     def _check(self, name: str, fits: bool, allowed: str) -> None:
         if not fits:
