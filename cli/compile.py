@@ -45,9 +45,9 @@ from ..optimized.gdn.ascend_compile import (
 from ..optimized.gdn.models import MODELS, TENSOR_PARALLEL_SIZES, Shape
 from ..reference.errors import invalid_argument
 from ..reference.gdn.inputs import check_choice
-from . import junit, report
 from .compile_report import compile_junit, compile_report, memory_plot
-from .output_files import check_apart, write_atomically, write_json
+from .output_files import check_apart, write_atomically
+from .result_files import result_files, write_result
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,9 @@ def run_compile(options: Options) -> int:
 
 def _write(options: Options, result: dict[str, Any]) -> None:
     """The files that were asked for."""
-    if options.json:
-        write_json("--json", options.json, result)
     if options.plot:
         write_atomically("--plot", options.plot, memory_plot(result).savefig)
-    if options.html:
-        report.write_html(options.html, compile_report(result))
-    if options.junit:
-        junit.write_junit(options.junit, compile_junit(result))
+    write_result(options, result, compile_report, compile_junit)
 
 
 def _check(options: Options) -> Options:
@@ -193,13 +188,7 @@ def _check(options: Options) -> Options:
     ):
         for name in names:
             check_choice(option, name, tuple(known))
-    outputs = {
-        "--json": (options.json, ()),
-        "--plot": (options.plot, (".png", ".svg", ".pdf")),
-        "--html": (options.html, report.SUFFIXES),
-        "--junit": (options.junit, junit.SUFFIXES),
-    }
-    check_apart(outputs, {})
+    check_apart({**result_files(options), "--plot": (options.plot, (".png", ".svg", ".pdf"))}, {})
     models = tuple(dict.fromkeys(options.models)) or tuple(MODELS)
     sizes = tuple(dict.fromkeys(options.tp)) or TENSOR_PARALLEL_SIZES
     for name in models:

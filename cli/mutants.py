@@ -33,12 +33,10 @@ from rich.text import Text
 
 from ..equivalence_tests.mutants import ABSENT, AREAS, BUGS, Bug, Exhibition, Outcome, Verdict, exhibit
 from ..reference.errors import UnavailableError, invalid_argument
-from . import junit, report
-from .junit import write_junit
 from .mutants_report import mutants_junit, mutants_report
-from .output_files import check_apart, write_json
+from .output_files import check_apart
 from .progress import progress
-from .report import write_html
+from .result_files import result_files, write_result
 
 SUITES = tuple(dict.fromkeys(suite for bug in BUGS for suite in bug.suites))
 
@@ -90,12 +88,7 @@ def run_mutants(options: Options) -> int:
         UnavailableError: when a process that runs bugs has ended, for want of memory say.
     """
     bugs = _chosen(options)
-    outputs = {
-        "--json": (options.json, ()),
-        "--html": (options.html, report.SUFFIXES),
-        "--junit": (options.junit, junit.SUFFIXES),
-    }
-    check_apart(outputs, {})
+    check_apart(result_files(options), {})
     start = time.perf_counter()
     with progress("runs", len(bugs) + 1, ", one of which is of the code as it is") as advance:
         try:
@@ -117,7 +110,7 @@ def run_mutants(options: Options) -> int:
         f"{seconds:.1f} s; of the processor {found.median_seconds:.1f} s a bug (median).",
     ):
         typer.echo(line)
-    _write(options, as_json(options, found, seconds))
+    write_result(options, as_json(options, found, seconds), mutants_report, mutants_junit)
     return 0 if found.passed else 1
 
 
@@ -233,13 +226,3 @@ def _conclusion(found: Exhibition) -> list[str]:
     num_caught = len(found.outcomes) - len(found.survivors)
     passes = f", and {len(found.unfit)} suites do not pass the code as it is" if found.unfit else ""
     return [*lines, f"{num_caught} of {len(found.outcomes)} bugs caught{passes}."]
-
-
-def _write(options: Options, result: dict[str, Any]) -> None:
-    """Write the files that were asked for."""
-    if options.json:
-        write_json("--json", options.json, result)
-    if options.html:
-        write_html(options.html, mutants_report(result))
-    if options.junit:
-        write_junit(options.junit, mutants_junit(result))

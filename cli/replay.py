@@ -48,10 +48,12 @@ from ..reference.gdn.inputs import check_choice
 from . import junit, report
 from .output_files import check_apart, one_line, printable, write_atomically, write_json
 from .progress import progress
+from .result_files import result_files
 
 READ = (*sorted(set(SUFFIXES.values())), ".json")
 """Of the files in a folder, those with these suffixes are read."""
 
+_OF_A_SCENARIO = {"scenario", "config", "events"}
 _MOST_IN_DETAIL = 3  # files of which every comparison is shown
 _CALLS = (REFERENCE, *IMPLEMENTATIONS)
 
@@ -175,9 +177,7 @@ def _check(options: Options) -> list[Path]:
         {
             "--minimize": (options.minimize, tuple(sorted(set(SUFFIXES.values())))),
             "--heatmap": (options.heatmap, (".png", ".svg", ".pdf")),
-            "--html": (options.html, report.SUFFIXES),
-            "--junit": (options.junit, junit.SUFFIXES),
-            "--json": (options.json, ()),
+            **result_files(options),
         },
         {str(path): path for path in files},
     )
@@ -221,9 +221,6 @@ def _read(options: Options, files: Sequence[Path]) -> tuple[list[tuple[Path, Fix
         allowed = f"a folder with recorded cases, files that end in {', '.join(READ)}"
         invalid_argument("FILE", ", ".join(map(str, options.files)), allowed)
     return whole, broken
-
-
-_OF_A_SCENARIO = {"scenario", "config", "events"}
 
 
 def _note(broken: list[Broken], options: Options, path: Path, error: FixtureError) -> None:

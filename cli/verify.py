@@ -58,8 +58,8 @@ from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn.inputs import check_choice
 from ..scheduler.prefill_steps import PrefillStep, prefill_steps
 from ..scheduler.traces import generate_requests, read_trace
-from . import junit, report
-from .output_files import check_apart, check_folder, write_json
+from .output_files import check_apart, check_folder
+from .result_files import result_files, write_result
 from .verify_report import verify_junit, verify_report
 
 # Steps of the workload, and the seed; None is a fresh one.
@@ -263,18 +263,9 @@ def run_verify(options: Options) -> int:
         if failure["fixture"]:
             typer.echo(f"\nSaved; this says what went wrong first: ascend-twin replay {failure['fixture']}")
         typer.echo(f"\nThis reproduces it:\n\n{failure['code']}" if failure["code"] else "")
-    _write(plan.options, _as_json(plan, suites, batches, covered, failure, seconds))
+    result = _as_json(plan, suites, batches, covered, failure, seconds)
+    write_result(plan.options, result, verify_report, verify_junit)
     return 1 if failure else 0
-
-
-def _write(options: Options, result: dict[str, Any]) -> None:
-    """The files that were asked for."""
-    if options.json:
-        write_json("--json", options.json, result)
-    if options.html:
-        report.write_html(options.html, verify_report(result))
-    if options.junit:
-        junit.write_junit(options.junit, verify_junit(result))
 
 
 def sample_steps(
@@ -325,14 +316,7 @@ def _prepare(options: Options) -> _Plan:
     device = open_device(options.device)
     if options.is_interpreted:
         interpreter.enable()
-    check_apart(
-        {
-            "--json": (options.json, ()),
-            "--html": (options.html, report.SUFFIXES),
-            "--junit": (options.junit, junit.SUFFIXES),
-        },
-        {"--trace": options.trace},
-    )
+    check_apart(result_files(options), {"--trace": options.trace})
     check_folder("--failures", options.failures)
     profile_cases, profile_seed = PROFILES[options.profile]
     if options.seed is None:

@@ -50,9 +50,9 @@ from ..reference.gdn.inputs import check_choice
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.traces import read_trace
 from ..scheduler.workload import RequestMix, mix_from_trace
-from . import junit, report
-from .output_files import check_apart, check_folder, write_json
+from .output_files import check_apart, check_folder
 from .progress import progress
+from .result_files import result_files, write_result
 from .verify_scheduler_report import scheduler_junit, scheduler_report
 
 MINIMIZE_SECONDS = 60.0
@@ -104,12 +104,7 @@ def run_verify_scheduler(options: Options) -> int:
     """
     start = time.perf_counter()
     options = _with_defaults(options)
-    outputs = {
-        "--json": (options.json, ()),
-        "--html": (options.html, report.SUFFIXES),
-        "--junit": (options.junit, junit.SUFFIXES),
-    }
-    check_apart(outputs, {"--trace": options.trace, "--scenario": options.scenario})
+    check_apart(result_files(options), {"--trace": options.trace, "--scenario": options.scenario})
     if not options.trace and not options.scenario:
         check_folder("--failures", options.failures)
     if options.against:
@@ -135,18 +130,9 @@ def run_verify_scheduler(options: Options) -> int:
     _print(summary, seconds)
     if found:
         typer.echo(f"\n{found}")
-    _write(options, _as_json(options, summary, path, seconds))
+    result = _as_json(options, summary, path, seconds)
+    write_result(options, result, scheduler_report, scheduler_junit)
     return 1 if summary.failure else 0
-
-
-def _write(options: Options, result: dict[str, Any]) -> None:
-    """The files that were asked for."""
-    if options.json:
-        write_json("--json", options.json, result)
-    if options.html:
-        report.write_html(options.html, scheduler_report(result))
-    if options.junit:
-        junit.write_junit(options.junit, scheduler_junit(result))
 
 
 def _as_json(options: Options, summary: Summary, scenario: Path | None, seconds: float) -> dict[str, Any]:

@@ -341,19 +341,23 @@ def recorded_case(
     """A case as a fixture: what an implementation was given, and what it returned, as far as it came."""
     found = {"seen.o": o, "seen.final_state": final_state, **metadata_tensors(metadata)}
     tensors = {**case.inputs()._asdict(), **found}
-    config = {
+    return Fixture(
+        "gdn",
+        fixture_config(case, implementation),
+        {name: x.cpu().clone() for name, x in tensors.items() if x is not None},
+        origin={"case": repr(case), "versions": versions()},
+    )
+
+
+def fixture_config(case: PrefillCase, implementation: str | None) -> dict[str, Any]:
+    """The `config` of a fixture that holds the call of a case, computed by an implementation or nobody."""
+    return {
         "scale": None,
         "eps": 1e-6,
         "use_qk_l2norm_in_kernel": case.use_qk_l2norm_in_kernel,
         "output_final_state": True,
         "implementation": implementation,
     }
-    return Fixture(
-        "gdn",
-        config,
-        {name: x.cpu().clone() for name, x in tensors.items() if x is not None},
-        origin={"case": repr(case), "versions": versions()},
-    )
 
 
 def minimize(case: PrefillCase, fails: Callable[[PrefillCase], bool]) -> PrefillCase:

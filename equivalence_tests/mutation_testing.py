@@ -29,16 +29,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import CodeType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
 
 from ..reference.errors import AscendTwinError
+from .mutants.patch import put_in_place
 from .surviving_mutants import EXPLAINED
 
 LEAST_SCORE = 0.95
@@ -154,20 +153,6 @@ def _mutant(source: str, mutated: str) -> Mutant:
 # A mutant and its tests
 
 
-class _InPlace(MetaPathFinder, SourceFileLoader):
-    """Finds one module in its file, and runs another source than the file's."""
-
-    def __init__(self, name: str, path: Path, source: str) -> None:
-        super().__init__(name, str(path))
-        self.source = source
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
-        return importlib.util.spec_from_loader(fullname, self) if fullname == self.name else None
-
-    def get_code(self, fullname: str) -> CodeType:
-        return compile(self.source, self.path, "exec", dont_inherit=True)
-
-
 class _Listener:
     """A pytest plugin: the same examples for every mutant, the fastest tests first, and what came of them."""
 
@@ -225,7 +210,7 @@ def judge(
                 os.dup2(output.fileno(), 2)
                 sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
                 _limit(most_seconds)
-                sys.meta_path.insert(0, _InPlace(module, path, source))
+                put_in_place(module, str(path), source)
                 listener = _Listener(seconds_of)
                 status = pytest.main(["-x", "-p", "no:cacheprovider", *pytest_arguments], plugins=[listener])
                 by = listener.first_failure or ("" if status == 0 else f"pytest: {status!r}")

@@ -11,7 +11,7 @@ from ..reference.errors import InvalidArgumentError
 from ..reference.gdn import chunk_gated_delta_rule
 from .cases import Truth, expected_metadata, run_case
 from .compare import Comparison, compare_o, compare_state
-from .recorded_call import RecordedCall, tells_nothing
+from .recorded_call import RecordedCall, by_prefix, tells_nothing
 from .tolerances import Errors, limit
 
 _MOST_CHARACTERS = 300
@@ -32,7 +32,7 @@ def _of_build(fixture: Fixture) -> list[str]:
     bounds = fixture.tensors["cu_seqlens"].long()
     is_spec = fixture.tensors.get("spec_sequence_masks")
     lens = bounds.diff() if is_spec is None else bounds.diff()[~is_spec[: len(bounds) - 1]]
-    found = {name.removeprefix("metadata."): x for name, x in fixture.tensors.items() if "." in name}
+    found = by_prefix(fixture.tensors, "metadata.")
     return _tables_differ(found, [0, *itertools.accumulate(lens.tolist())], fixture.config["block_sizes"])
 
 

@@ -19,7 +19,7 @@ from ..optimized.gdn.metadata import ChunkMetadata, ChunkMetadataBuilder
 from ..reference.gdn import recurrent_gated_delta_rule, stages
 from ..reference.gdn.inputs import scale_or_default
 from ..reference.gdn.metadata import chunk_offsets
-from .cases import PrefillCase
+from .cases import PrefillCase, fixture_config
 from .known_bugs import RecordedCase, Wrong
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -97,14 +97,7 @@ class Call:
             tensors = {
                 name: x if name.endswith("state") else x[0].unflatten(0, shape) for name, x in tensors.items()
             }
-        config = {
-            "scale": None,
-            "eps": EPS,
-            "use_qk_l2norm_in_kernel": batch.use_qk_l2norm_in_kernel,
-            "output_final_state": True,
-            "implementation": None,
-        }
-        return Fixture("gdn", config, tensors)
+        return Fixture("gdn", fixture_config(batch, None), tensors)
 
 
 def metadata_of(lens: Sequence[int], num_value_heads: int) -> ChunkMetadata:

@@ -92,7 +92,7 @@ def compact_tables(lens: Sequence[int]) -> Tables:
 
 
 class TwoSlotsWithoutEvents(StagingRing):
-    """Two buffers in turn, copied on the consumer's stream, and nothing waits."""
+    """asc#12079: two buffers in turn, copied on the consumer's stream, and nothing waits."""
 
     def _next_slot(self) -> Any:
         return self._free[0]

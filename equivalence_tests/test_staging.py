@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 
 from ascend_twin.equivalence_tests.cases import metadata_differences
 from ascend_twin.equivalence_tests.devices import SimulatedDevice
+from ascend_twin.equivalence_tests.recorded_metadata_cases import TwoSlotsWithoutEvents
 from ascend_twin.equivalence_tests.strategies import sequence_lengths
 from ascend_twin.optimized.gdn import ChunkMetadata, ChunkMetadataBuilder, StagingRing, staging
 from ascend_twin.optimized.gdn.device import Device
@@ -225,25 +226,6 @@ class FreshMemoryIsTakenAtOnce(StagingRing):
         super().__init__(device, capacity, depth)
         for slot in self._free:
             slot.consumer_done = device.new_event()
-
-
-class TwoSlotsWithoutEvents(StagingRing):
-    """asc#12079: two buffers in turn, copied on the consumer's stream, and nothing waits."""
-
-    def _next_slot(self) -> Any:
-        return self._free[0]
-
-    def _copy(self, slot: Any, size: int) -> torch.Tensor:
-        buffer = slot.device[:size]
-        self._device.copy_async(buffer, slot.host[:size], self._device.current_stream())
-        return buffer
-
-    def stage(self, size: int, fill: Callable[[np.ndarray], None]) -> Lease:
-        lease = super().stage(size, fill)
-        slot, lease._slot = lease._slot, None  # not lent: the next one but one takes it
-        assert slot is not None
-        self._free.append(slot)
-        return lease
 
 
 MUTANTS: dict[type[StagingRing], Callable[[type[StagingRing]], None]] = {

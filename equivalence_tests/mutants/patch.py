@@ -48,7 +48,12 @@ def install(change: Change) -> None:
         invalid_argument(
             f"what is changed in {change.module}", repr(change.old), f"found once, not {found} times"
         )
-    sys.meta_path.insert(0, _Finder(name, spec.origin, source.replace(change.old, change.new)))
+    put_in_place(name, spec.origin, source.replace(change.old, change.new))
+
+
+def put_in_place(name: str, path: str, source: str) -> None:
+    """Have a module, by its full name and its file, import with another source than the file's."""
+    sys.meta_path.insert(0, _Finder(name, path, source))
 
 
 class _Finder(MetaPathFinder):
