@@ -33,15 +33,8 @@ from rich.text import Text
 
 from ..equivalence_tests.run_on_device import versions
 from ..optimized.gdn import IMPLEMENTATIONS
-from ..optimized.gdn.ascend_compile import (
-    REQUIRED,
-    SPACES,
-    TARGETS,
-    Compiled,
-    CompilerPool,
-    Variant,
-    check_installed,
-)
+from ..optimized.gdn.ascend_compile import SPACES, Compiled, CompilerPool
+from ..optimized.gdn.ascend_front_end import REQUIRED, TARGETS, Variant, check_installed
 from ..optimized.gdn.models import MODELS, TENSOR_PARALLEL_SIZES, Shape
 from ..reference.errors import invalid_argument
 from ..reference.gdn.inputs import check_choice

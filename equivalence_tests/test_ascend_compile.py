@@ -22,17 +22,15 @@ from typer.testing import CliRunner
 from ascend_twin.cli import compile as cli
 from ascend_twin.cli.main import app
 from ascend_twin.equivalence_tests.report_pages import Page
-from ascend_twin.optimized.gdn import IMPLEMENTATIONS, ascend_compile
+from ascend_twin.optimized.gdn import IMPLEMENTATIONS, ascend_compile, ascend_front_end
 from ascend_twin.optimized.gdn.ascend_compile import (
-    TARGETS,
     Compiled,
     CompilerPool,
-    Variant,
     memory_limits,
     overflows,
     planned_bytes,
-    variant_of,
 )
+from ascend_twin.optimized.gdn.ascend_front_end import TARGETS, Variant, variant_of
 from ascend_twin.optimized.gdn.models import MODELS, TENSOR_PARALLEL_SIZES, Shape
 from ascend_twin.reference.errors import AscendTwinError, InvalidArgumentError, UnavailableError
 
@@ -41,7 +39,7 @@ KIB = 1024
 
 def _why_no_compiler() -> str:
     try:
-        ascend_compile.check_installed()
+        ascend_front_end.check_installed()
     except UnavailableError as error:
         return str(error)
     return ""
@@ -171,7 +169,7 @@ loc("/tmp/x/kernel.mlir":2:3): error: cc overflow, requires 8388608 bits while 1
 
 
 def test_what_the_compiler_says_is_trimmed_to_what_matters() -> None:
-    assert ascend_compile._errors(OUTPUT).splitlines() == [
+    assert ascend_front_end.errors_in(OUTPUT).splitlines() == [
         "ub overflow, requires 6299648 bits while 1572864 bits available! (why)",
         "cc overflow, requires 8388608 bits while 1048576 bits available! (why)",
     ]
@@ -186,7 +184,9 @@ def test_what_the_compiler_says_is_trimmed_to_what_matters() -> None:
 
 
 def test_an_unforeseen_failure_shows_the_last_lines() -> None:
-    assert ascend_compile._errors("one\nPLEASE submit a bug report\n") == "one\nPLEASE submit a bug report"
+    assert (
+        ascend_front_end.errors_in("one\nPLEASE submit a bug report\n") == "one\nPLEASE submit a bug report"
+    )
 
 
 # What a launch is compiled for
@@ -288,7 +288,7 @@ def test_command_passes_what_triton_ascend_passes(target: str, monkeypatch: pyte
     options = compiler.NPUOptions(
         **dict(TARGETS[target].options), unit_flag=True, tile_mix_cube_loop=2, set_workspace_multibuffer=2
     )
-    monkeypatch.setenv("PATH", str(ascend_compile._compilers_folder()), prepend=":")
+    monkeypatch.setenv("PATH", str(ascend_front_end.compilers_folder()), prepend=":")
     monkeypatch.setattr(compiler, "NPUUtils", lambda: SimpleNamespace(get_arch=lambda: arch))
     monkeypatch.setattr(compiler, "subprocess", SimpleNamespace(run=catch))
     way = compiler.linalg_to_bin_enable_npu_compile_A2_A3
@@ -362,7 +362,7 @@ def test_compile_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compile_refuses_two_packages_called_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "1")
     with pytest.raises(UnavailableError, match="triton 1 is installed over triton-ascend"):
-        ascend_compile.check_installed()
+        ascend_front_end.check_installed()
 
 
 def outcome(

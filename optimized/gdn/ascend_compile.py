@@ -1,39 +1,39 @@
 """Cross-compile the launches of an implementation for Ascend NPUs, with no NPU at hand.
 
-What is compiled is what is launched: the launches of the op are recorded (`kernels/launch.py`), and a
-`Variant` holds what Triton compiles a launch for. triton-ascend's front end lowers it to linalg, and
-bishengir-compile, which ascendnpu-ir brings along, takes that through memory planning and synchronisation and
-stops where CANN would make the binary. It leaves `module.hivm.opt.mlir` exactly when everything fits on chip,
-and that file names every buffer.
+What is compiled is what is launched: the launches of the op are recorded (`kernels/launch.py`), and lowered
+to linalg (`ascend_front_end`). bishengir-compile, which ascendnpu-ir brings along, takes that through memory
+planning and synchronisation and stops where CANN would make the binary. It leaves `module.hivm.opt.mlir`
+exactly when everything fits on chip, and that file names every buffer.
 
-The kernels of a process are either interpreted or compiled (TRITON_INTERPRET is read when they are defined),
-so all of this runs in processes of its own: `CompilerPool`.
-
-Source: steps and options of triton-ascend 3.2.0 (triton/backends/ascend/compiler.py); ascendnpu-ir 1.2.0.
+Source: options of triton-ascend 3.2.0 (triton/backends/ascend/compiler.py); ascendnpu-ir 1.2.0.
 """
 
-import importlib
 import math
 import os
-import pickle
 import re
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from queue import SimpleQueue
-from types import SimpleNamespace
-from typing import IO, Any
+from typing import Any
 
-import torch
-
-from ...reference.errors import AscendTwinError, UnavailableError
+from ...reference.errors import AscendTwinError
+from .ascend_front_end import (
+    TARGETS,
+    CompilerProcess,
+    Target,
+    Variant,
+    check_installed,
+    compilers_folder,
+    errors_in,
+    lower,
+    record_variants,
+)
 from .models import Shape
 
 MISSING = "install them in an environment of their own: pip install 'ascend-twin[ascend]'"
@@ -41,87 +41,10 @@ REQUIRED = ("triton-ascend", "ascendnpu-ir", "pybind11")
 COMPILE_SECONDS = 60.0
 """A compile that takes longer fails; some never end (bishengir-compile-a5, tiles too large for it)."""
 
-# Sequences of the recorded steps. They differ in all that a launch may be specialised for: one sequence and
-# several, one token, numbers that 16 divides and numbers that it does not, an empty sequence.
-STEPS = ((1,), (128, 64), (200, 0, 65))
-
 SPACES = {"ub": "UB", "cbuf": "L1", "ca": "L0A", "cb": "L0B", "cc": "L0C"}
 """On-chip memories: name in the planned IR, name of the manuals."""
 
 _BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64}
-_TYPES = {
-    torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
-    torch.int64: "i64", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
-    torch.float64: "fp64",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Target:
-    """A kind of NPU.
-
-    Attributes:
-        arch: what the compilers call it.
-        compiler: the program of ascendnpu-ir that knows it.
-        flags: options that triton-ascend passes for it, beside those of a launch.
-        options: how a launch's options differ there from triton-ascend's defaults.
-    """
-
-    arch: str
-    compiler: str = "bishengir-compile"
-    flags: tuple[str, ...] = (
-        "--enable-hfusion-compile=true", "--enable-hivm-compile=true", "--enable-triton-kernel-compile=true"
-    )  # fmt: skip
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-# The options that triton-ascend has for the 950 (is_compile_on_910_95).
-_950 = Target(
-    "Ascend950PR_9599",
-    "bishengir-compile-a5",
-    ("--enable-hfusion-compile=true", "--enable-triton-kernel-compile=true"),
-    (
-        ("compile_on_910_95", True), ("multibuffer", False), ("enable_auto_bind_sub_block", False),
-        ("enable_select_analysis", True),
-    ),
-)  # fmt: skip
-
-TARGETS = {
-    "910B1": Target("Ascend910B1"),
-    "910B4": Target("Ascend910B4"),
-    "910_9392": Target("Ascend910_9392"),
-    "950": _950,
-}
-"""By our name. The memories of 910B1 to B4 and 910_9362 to 9392 are the same, and those of all 950."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What Triton compiles a launch for: launches that share it share a binary.
-
-    Attributes:
-        kernel: where the kernel is, `module:name`.
-        signature: type of each parameter that is known when it runs.
-        constants: value of each parameter that is known when it is compiled.
-        divisible: numbers of the parameters that 16 divides.
-        options: keywords of the launch that are no parameters.
-    """
-
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...] = ()
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The kernel's own name."""
-        return self.kernel.rpartition(":")[2]
-
-    @property
-    def key(self) -> str:
-        """Differs where variants differ, True and 1 included."""
-        return repr(self)
 
 
 @dataclass(frozen=True)
@@ -147,94 +70,6 @@ class Compiled:
     seconds: float
 
 
-# What a launch is compiled for
-
-
-def variant_of(launch: Any) -> Variant:
-    """What Triton's JIT would compile a recorded launch for.
-
-    Args:
-        launch: a `kernels.launch.Launch`.
-    """
-    kernel, values = launch.kernel, {**launch.arguments, **launch.constants}
-    names = {p.name for p in kernel.params}
-    bound = kernel.signature.bind(**{n: value for n, value in values.items() if n in names})
-    bound.apply_defaults()
-    signature, constants, divisible = [], [], []
-    for p in kernel.params:
-        value = bound.arguments[p.name]
-        specialises = not p.do_not_specialize
-        if p.is_constexpr:
-            constants.append((p.name, value))
-            continue
-        signature.append((p.name, _type_of(value)))
-        if value is None or (specialises and type(value) is int and value == 1):
-            constants.append((p.name, value))
-        elif specialises and not p.do_not_specialize_on_alignment and _divides_16(value):
-            divisible.append(p.num)
-    return Variant(
-        f"{kernel.__module__}:{kernel.__name__}",
-        tuple(signature),
-        tuple(constants),
-        tuple(divisible),
-        tuple((n, value) for n, value in values.items() if n not in names),
-    )
-
-
-def _type_of(value: Any) -> str:
-    """The type of a parameter, as Triton writes it in a signature."""
-    if isinstance(value, torch.Tensor):
-        return "*" + _TYPES[value.dtype]
-    if value is None:
-        return "*i8"
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, float):
-        return "fp32"
-    if -(2**31) <= value < 2**31:
-        return "i32"
-    return "i64" if value < 2**63 else "u64"
-
-
-def _divides_16(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr() % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
-
-
-def record_variants(implementation: str, shape: Shape) -> list[Variant]:
-    """What the op launches for `shape`, in the order of its launches; [] where it uses no Triton.
-
-    bfloat16 as served, with and without what a caller may leave out (initial state, l2norm in the kernel).
-    """
-    from . import ChunkMetadataBuilder, chunk_gated_delta_rule, open_device
-    from .kernels.launch import recorded_launches
-
-    variants: dict[str, Variant] = {}
-    for seq_lens in STEPS:
-        T, N = sum(seq_lens), len(seq_lens)
-        cu_seqlens = torch.tensor([0, *torch.tensor(seq_lens).cumsum(0).tolist()], dtype=torch.int32)
-        q, k = (torch.zeros(1, T, shape.H, shape.K, dtype=torch.bfloat16) for _ in range(2))
-        v = torch.zeros(1, T, shape.HV, shape.V, dtype=torch.bfloat16)
-        g, beta = torch.zeros(1, T, shape.HV), torch.zeros(1, T, shape.HV, dtype=torch.bfloat16)
-        initial_state = torch.zeros(N, shape.HV, shape.K, shape.V)
-        for is_full in (True, False):
-            builder = ChunkMetadataBuilder(open_device("cpu"), T, N, shape.HV)
-            with recorded_launches() as launches:
-                chunk_gated_delta_rule(
-                    q, k, v, g, beta,
-                    initial_state=initial_state if is_full else None,
-                    output_final_state=is_full,
-                    use_qk_l2norm_in_kernel=is_full,
-                    prebuilt_meta=builder.build(cu_seqlens),
-                    implementation=implementation,
-                )  # fmt: skip
-            variants.update((v.key, v) for v in map(variant_of, launches))
-            if not launches:
-                return []
-    return list(variants.values())
-
-
 # Compiling; only in a process whose Triton is triton-ascend and compiles
 
 
@@ -245,69 +80,10 @@ def compile_variant(variant: Variant, targets: Sequence[str]) -> list[Compiled]:
     for name in targets:
         start, target = time.perf_counter(), TARGETS[name]
         if target.options not in lowered:
-            lowered[target.options] = _lower(variant, target)
+            lowered[target.options] = lower(variant, target)
         linalg, options, said = lowered[target.options]
         results.append(_plan(name, linalg, options, said, start))
     return results
-
-
-def _lower(variant: Variant, target: Target) -> tuple[str, Any, str]:
-    """Linalg IR of a variant, options of its launch, what was said; "" and the reason where it has none."""
-    front_end: Any = importlib.import_module("triton.backends.ascend.compiler")
-    ir = importlib.import_module("triton._C.libtriton").ir
-    npu = importlib.import_module("triton.backends.compiler").GPUTarget("npu", target.arch, 0)
-    backend = front_end.AscendBackend(npu)
-    options = backend.parse_options({**dict(target.options), **dict(variant.options)})
-    facts = {"target": npu, "hash": "", **vars(options)}
-    if unknown := [name for name, _ in variant.options if name not in facts]:
-        return (
-            "",
-            options,
-            f"{unknown[0]} is neither a parameter of the kernel nor an option of triton-ascend",
-        )
-    with _listening(front_end) as said:
-        try:
-            context = ir.context()
-            ir.load_dialects(context)
-            backend.load_dialects(context)
-            mlir = _source(variant, front_end).make_ir(
-                options, backend.get_codegen_implementation(), backend.get_module_map(), context
-            )
-            mlir = front_end.make_ttir(mlir, facts, options)
-            linalg = front_end.ttir_to_linalg(mlir, facts, options, named_ops=True)
-        except subprocess.CalledProcessError as error:
-            return "", options, _errors(error.stderr.decode(errors="replace"))
-        except Exception as error:  # whatever a kernel that Triton refuses meets
-            return "", options, f"{type(error).__name__}: {error}"
-    return front_end._parse_linalg_metadata(linalg, facts)[0], options, "".join(said)
-
-
-def _source(variant: Variant, front_end: Any) -> Any:
-    """The variant as triton-ascend takes it."""
-    module, _, name = variant.kernel.partition(":")
-    kernel, constants = getattr(importlib.import_module(module), name), dict(variant.constants)
-    ones = [p.num for p in kernel.params if not p.is_constexpr and constants.get(p.name) == 1]
-    hints = {**dict.fromkeys(variant.divisible, 16), **dict.fromkeys(ones, 1)}
-    attributes = front_end.AscendAttrsDescriptor.from_hints(hints)
-    source = importlib.import_module("triton.compiler.compiler").ASTSource
-    return source(kernel, dict(variant.signature), constants, attributes)
-
-
-@contextmanager
-def _listening(front_end: Any) -> Iterator[list[str]]:
-    """What triton-ascend's lowering tool says, which its front end drops."""
-    said: list[str] = []
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        done = subprocess.run(*args, **kwargs)
-        said.append(done.stderr.decode(errors="replace"))
-        return done
-
-    front_end.subprocess = SimpleNamespace(run=run)
-    try:
-        yield said
-    finally:
-        front_end.subprocess = subprocess
 
 
 def _plan(name: str, linalg: str, options: Any, said: str, start: float) -> Compiled:
@@ -328,7 +104,7 @@ def _plan(name: str, linalg: str, options: Any, said: str, start: float) -> Comp
     seconds, warnings = time.perf_counter() - start, _warnings(said + output)
     if not planned_ir:
         needed, limits = overflows(output)
-        return Compiled(name, False, needed, limits, _errors(output), warnings, seconds)
+        return Compiled(name, False, needed, limits, errors_in(output), warnings, seconds)
     planned, limits = planned_bytes(planned_ir), memory_limits(planned_ir)
     beyond = [space for space in planned if planned[space] > limits.get(space, 0)]
     message = "; ".join(
@@ -367,7 +143,7 @@ def command(target: Target, options: Any, folder: str) -> list[str]:
         )
     ]
     return [
-        str(_compilers_folder() / target.compiler),
+        str(compilers_folder() / target.compiler),
         f"{folder}/kernel.mlir",
         f"--target={target.arch}",
         *(f"--{flag}={value}" for flag, value in given if value is not None),
@@ -376,12 +152,6 @@ def command(target: Target, options: Any, folder: str) -> list[str]:
         "-o",
         f"{folder}/kernel",
     ]
-
-
-def _compilers_folder() -> Path:
-    file = importlib.import_module("ascendnpuir").__file__
-    assert file is not None
-    return Path(file).parent / "bin"
 
 
 # What the compiler says
@@ -439,38 +209,11 @@ def overflows(output: str) -> tuple[dict[str, int], dict[str, int]]:
     return needed, limits
 
 
-def _errors(output: str) -> str:
-    """What matters of the compiler's output where it failed: its errors, else its last lines."""
-    errors = [line.partition("error: ")[2].strip() for line in output.splitlines() if "error: " in line]
-    kept = [error for error in dict.fromkeys(errors) if not re.match(r"Failed to run \w+ pipelines?$", error)]
-    return "\n".join(kept or output.strip().splitlines()[-20:])
-
-
 def _warnings(output: str) -> tuple[str, ...]:
     """Its warnings and notes, each once; not those of every run (no debug info, no hivmc: there we stop)."""
     found = re.findall(r"(?:\bwarning: |\[WARNING\] *|\[NOTE\] *)(.*)", output)
     lines = (line.strip() for line in found if "hivmc" not in line and "have no location" not in line)
     return tuple(dict.fromkeys(lines))
-
-
-# Processes that compile
-
-
-def check_installed() -> None:
-    """Raise UnavailableError, saying what to install, where the compilers are not installed."""
-    missing = []
-    for name in REQUIRED:
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            missing.append(name)
-    if missing:
-        raise UnavailableError(f"compiling for Ascend needs {' and '.join(missing)}: {MISSING}")
-    with suppress(metadata.PackageNotFoundError):
-        version = metadata.version("triton")
-        raise UnavailableError(
-            f"triton {version} is installed over triton-ascend, whose package has the same name: {MISSING}"
-        )
 
 
 class CompilerPool:
@@ -486,12 +229,12 @@ class CompilerPool:
     def __init__(self, size: int | None = None) -> None:
         check_installed()
         self._size = size or len(os.sched_getaffinity(0))
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._idle: SimpleQueue[CompilerProcess] = SimpleQueue()
         self._resources = ExitStack()
 
     def __enter__(self) -> "CompilerPool":
         for _ in range(self._size):
-            self._idle.put(self._resources.enter_context(_Worker()))
+            self._idle.put(self._resources.enter_context(CompilerProcess()))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -526,65 +269,3 @@ class CompilerPool:
                     yield futures[future], future.result()
             finally:
                 threads.shutdown(wait=True, cancel_futures=True)
-
-
-class _Worker:
-    """One process that answers calls of functions of this module. A context: it ends with it."""
-
-    def __enter__(self) -> "_Worker":
-        environment = {n: value for n, value in os.environ.items() if n != "TRITON_INTERPRET"}
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import _serve; _serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={"OMP_NUM_THREADS": "1", **environment},
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.communicate()
-        self._stderr.close()
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What `function(*args)` returns or raises over there.
-
-        Raises:
-            UnavailableError: where the process ends instead of answering.
-        """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            pickle.dump((function.__name__, args), self._process.stdin)
-            self._process.stdin.flush()
-            succeeded, answer = pickle.load(self._process.stdout)
-        except (EOFError, BrokenPipeError) as error:
-            status = self._process.wait()
-            self._stderr.seek(0)
-            last = "".join(self._stderr.read().decode(errors="replace").splitlines()[-1:])
-            raise UnavailableError(f"a compiling process ended with status {status}: {last}") from error
-        if not succeeded:
-            raise answer
-        return answer
-
-
-def _serve() -> None:
-    """Answer calls from stdin on stdout, until stdin ends."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what others print must not get among the answers
-    functions = {f.__name__: f for f in (record_variants, compile_variant)}
-    while True:
-        try:
-            name, args = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer = (True, functions[name](*args))
-        except AscendTwinError as error:
-            answer = (False, error)
-        except Exception as error:
-            answer = (False, AscendTwinError(f"{type(error).__name__}: {error}"))
-        pickle.dump(answer, answers)
-        answers.flush()

@@ -118,6 +118,10 @@ class CpuDevice:
         )
 
 
+class LinalgDevice(CpuDevice):
+    """The CPU, on which Triton launches run what the Ascend compiler makes of them (`native_launches`)."""
+
+
 class TorchAccelerator:
     """A CUDA GPU or an Ascend NPU, through the module of torch that speaks for it."""
 
@@ -163,7 +167,9 @@ def open_device(name: str) -> Device:
     """The device called `name`, with nothing in its place when it cannot be had.
 
     Args:
-        name: `cpu`, `cuda`, `npu`, or one of the last two with an index (`cuda:1`).
+        name: `cpu`, `linalg`, `cuda`, `npu`, or one of the last two with an index (`cuda:1`). `linalg` is the
+            CPU, and from now on all Triton launches of this process on the CPU run what the Ascend compiler
+            makes of them.
 
     Returns:
         The device.
@@ -173,11 +179,13 @@ def open_device(name: str) -> Device:
         UnavailableError: when the device cannot be used here, with the reason.
     """
     kind, colon, index = name.partition(":")
-    is_index = kind != "cpu" and index.isascii() and index.isdigit()
-    if kind not in ("cpu", "cuda", "npu") or (colon and not is_index):
-        invalid_argument("device", repr(name), "cpu, cuda, npu, or cuda:INDEX, npu:INDEX")
+    is_index = kind in ("cuda", "npu") and index.isascii() and index.isdigit()
+    if kind not in ("cpu", "linalg", "cuda", "npu") or (colon and not is_index):
+        invalid_argument("device", repr(name), "cpu, linalg, cuda, npu, or cuda:INDEX, npu:INDEX")
     if kind == "cpu":
         return CpuDevice()
+    if kind == "linalg":
+        return _linalg_device()
     module = torch.cuda if kind == "cuda" else _npu_module()
     if not module.is_available():
         raise UnavailableError(f"{kind}: torch {torch.__version__} finds no {kind} device here")
@@ -185,6 +193,17 @@ def open_device(name: str) -> Device:
     if number >= module.device_count():
         raise UnavailableError(f"{name}: there are {module.device_count()} {kind} devices, numbered from 0")
     return TorchAccelerator(module, torch.device(kind, number))
+
+
+def _linalg_device() -> LinalgDevice:
+    from .ascend_native import check_native_installed
+
+    check_native_installed()  # first: what follows imports Triton
+    from .kernels.launch import run_on_cpu_by
+    from .native_launches import NativeLauncher
+
+    run_on_cpu_by(NativeLauncher())
+    return LinalgDevice()
 
 
 def _npu_module() -> Any:

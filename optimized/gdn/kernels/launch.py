@@ -1,6 +1,6 @@
-"""The one way from a launcher to Triton; launches can be recorded here instead of run."""
+"""The one way from a launcher to Triton; launches can be taken here, to be recorded or run otherwise."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,7 +14,8 @@ from ....reference.errors import UnavailableError
 MAX_PROGRAMS = 65_535
 """Programs of one launch that an Ascend NPU takes."""
 
-_recorded: ContextVar[list["Launch"] | None] = ContextVar("recorded launches", default=None)
+_taken: ContextVar[Callable[["Launch"], None] | None] = ContextVar("who takes launches", default=None)
+_on_cpu: Callable[["Launch"], None] | None = None
 _interprets_faithfully = False
 
 
@@ -56,27 +57,34 @@ def launch(
     Raises:
         UnavailableError: where its tensors are on a device that this process does not launch on.
     """
-    recorded, cuda_options = _recorded.get(), cuda_options or {}
     for first_program in range(0, num_programs, MAX_PROGRAMS):
         programs = min(MAX_PROGRAMS, num_programs - first_program)
         these = {**arguments, "first_program": first_program}
-        if recorded is not None:
-            recorded.append(Launch(kernel, programs, these, constants, cuda_options))
-        else:
-            _check_can_run(kernel, arguments)
-            on_cuda = any(isinstance(x, torch.Tensor) and x.is_cuda for x in arguments.values())
-            kernel[(programs,)](**these, **constants, **(cuda_options if on_cuda else {}))
+        (_taken.get() or _run)(Launch(kernel, programs, these, constants, cuda_options or {}))
+
+
+@contextmanager
+def launches_taken_by(take: Callable[[Launch], None]) -> Iterator[None]:
+    """A context in which `take` gets each launch, in order, and Triton none."""
+    token = _taken.set(take)
+    try:
+        yield
+    finally:
+        _taken.reset(token)
 
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
     """A context in which launches are recorded, in order, and nothing runs: outputs stay uninitialised."""
     launches: list[Launch] = []
-    token = _recorded.set(launches)
-    try:
+    with launches_taken_by(launches.append):
         yield launches
-    finally:
-        _recorded.reset(token)
+
+
+def run_on_cpu_by(run: Callable[[Launch], None]) -> None:
+    """Let `run` do the launches of this process whose tensors are on the CPU, in place of Triton."""
+    global _on_cpu
+    _on_cpu = run
 
 
 def trust_interpreter() -> None:
@@ -85,10 +93,19 @@ def trust_interpreter() -> None:
     _interprets_faithfully = True
 
 
-def _check_can_run(kernel: Any, arguments: dict[str, Any]) -> None:
+def _run(launch: Launch) -> None:
+    tensors = [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
+    if _on_cpu is not None and tensors[0].device.type == "cpu":
+        _on_cpu(launch)
+        return
+    _check_can_run(launch.kernel, tensors)
+    options = launch.cuda_options if any(x.is_cuda for x in tensors) else {}
+    launch.kernel[(launch.num_programs,)](**launch.arguments, **launch.constants, **options)
+
+
+def _check_can_run(kernel: Any, tensors: list[torch.Tensor]) -> None:
     """Raise where the launch would fail with a riddle, or interpret what should run on a device."""
     is_interpreted = not isinstance(kernel, triton.runtime.JITFunction)
-    tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
     on_cpu = tensors[0].device.type == "cpu"
     if on_cpu and not is_interpreted:
         raise UnavailableError(
