@@ -405,7 +405,7 @@ def test_simulated_tensor_refuses_what_it_would_get_wrong() -> None:
     ["", "gpu", "CPU", "cpu:0", "cpu:", "cuda:", "cuda:²", "cuda:x", "cuda:-1", "cuda:0:1", "npu:1.5", "sim"],
 )
 def test_open_device_names_the_argument_when_it_is_no_device(name: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"^device is '{name}'; allowed: cpu, cuda, npu"):
+    with pytest.raises(InvalidArgumentError, match=f"^device is '{name}'; allowed: cpu, linalg, cuda, npu"):
         open_device(name)
 
 
