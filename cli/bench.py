@@ -15,7 +15,7 @@ The file written by `--json` holds one object:
 
     version     1, raised when a field changes its meaning
     versions    of what the result depends on
-    device      what computed: "cpu", or the name of the accelerator
+    device      what computed: "cpu", "linalg" (native code on the CPU), or the name of the accelerator
     threads     of PyTorch
     rounds      turns of each contender
     results     [...], with the fields of `Result`
@@ -47,19 +47,17 @@ from rich.table import Table
 
 from ..equivalence_tests import installed_vllm
 from ..equivalence_tests.cases import EquivalenceError
-from ..equivalence_tests.compare import compare_o, compare_state
 from ..equivalence_tests.paged_model import StandInStructuredOutputManager
 from ..equivalence_tests.real_scheduler import RealEngine
 from ..equivalence_tests.run_on_device import versions
 from ..equivalence_tests.scheduler_engines import Engine, OurEngine, RequestInput
-from ..equivalence_tests.tolerances import Errors, limit
 from ..equivalence_tests.vllm017 import VLLMEngine
 from ..equivalence_tests.vllm_balance import real_engine
 from ..equivalence_tests.vllm_batches import Row, Step
 from ..fixtures.record import Recorder, RecordSettings
 from ..optimized.gdn import ChunkMetadata, ChunkMetadataBuilder, open_device
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
-from ..optimized.gdn.device import Device
+from ..optimized.gdn.device import Device, LinalgDevice
 from ..optimized.gdn.recording import recorded
 from ..optimized.vllm.gdn_layer import OF_LAYER, switched
 from ..optimized.vllm.plugin import register
@@ -70,6 +68,8 @@ from ..scheduler.balance import BalanceScheduler
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.output import ModelRunnerOutput
 from ..scheduler.workload import RequestSpec
+from .bench_native import NATIVE_CONTESTS, open_linalg
+from .contest import Call, Contest, Pair
 from .output_files import check_writable, write_atomically, write_json
 from .peers import (
     FLA_VERSION,
@@ -79,15 +79,23 @@ from .peers import (
     load_transformers_chunk_gated_delta_rule,
     load_vllm_ascend_builder,
 )
+from .prefill_batch import (
+    HV,
+    SEED,
+    D,
+    H,
+    check_agree,
+    prefill_batch,
+    query_start_loc_of,
+    random_seq_lens,
+    random_tensors,
+)
 from .traffic import PARTS, SCHEMES, Batch, bytes_per_token, state_bytes
 
 TURN_SECONDS = 0.25
 BURST = 8
 """Calls that are queued and timed in a row: all their launches fit into the queue of a GPU."""
-SEED = 0
 
-# Qwen3-Next: query/key heads, value heads, head dim.
-H, HV, D = 16, 32, 128
 
 BALANCE_DP_SIZE = 8
 MOST_DECODED_TOKENS = 1024
@@ -96,29 +104,12 @@ MOST_DECODED_TOKENS = 1024
 DEVICE_TOKENS = (8192, 32768)
 DEVICE_SEQUENCES = (1, 4, 16, 64)
 
-Call = Callable[[], object]
-
 
 class Turn(NamedTuple):
     """Seconds that the median call of a turn takes: where it computes, and on the host of an accelerator."""
 
     seconds: float
     host_seconds: float | None = None
-
-
-class Pair(NamedTuple):
-    """Two calls that do the same work, with their names, and what else there is to say of them.
-
-    On a CPU `our_settle` and `peer_settle` run after each call, untimed: they make the next one possible.
-    """
-
-    ours: str
-    our_call: Call
-    peer: str
-    peer_call: Call
-    note: str = ""
-    our_settle: Call | None = None
-    peer_settle: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -145,14 +136,6 @@ class Result:
     peer_host_ms: float | None = None
 
 
-@dataclass(frozen=True)
-class Contest:
-    """A comparison to be made: `start` makes the calls, and raises UnavailableError without the peer."""
-
-    name: str
-    start: Callable[[], Pair]
-
-
 def run_bench(
     only: Sequence[str],
     rounds: int,
@@ -172,7 +155,7 @@ def run_bench(
             missing, once its turn comes.
         EquivalenceError: when contenders do not compute the same.
     """
-    opened = open_device(device)
+    opened = open_linalg() if device == "linalg" else open_device(device)
     all_contests = contests_on(opened)
     contests = [c for c in all_contests if not only or any(name in c.name for name in only)]
     if not contests:
@@ -263,7 +246,7 @@ def _turn_on(device: Device) -> tuple[Callable[..., Turn], str]:
     """How turns on a device are timed, and its name. An accelerator becomes the current one of torch."""
     where = device.torch_device
     if where.type == "cpu":
-        return _turn, "cpu"
+        return _turn, "linalg" if isinstance(device, LinalgDevice) else "cpu"
     module: Any = getattr(torch, where.type)
     module.set_device(where)
     return functools.partial(_device_turn, module=module), module.get_device_name(where)
@@ -303,17 +286,6 @@ def _device_turn(call: Call, module: Any, settle: Call | None = None) -> Turn:
 # Contests
 
 
-def _seq_lens(num_seqs: int, num_tokens: int) -> list[int]:
-    """Random lengths >= 1 that add up to `num_tokens`."""
-    rng = np.random.default_rng(SEED)
-    cuts = np.sort(rng.choice(np.arange(1, num_tokens), num_seqs - 1, replace=False))
-    return np.diff([0, *cuts.tolist(), num_tokens]).tolist()
-
-
-def _query_start_loc(seq_lens: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([0, *np.cumsum(seq_lens).tolist()], dtype=torch.int32)
-
-
 def _builder(seq_lens: Sequence[int], num_value_heads: int) -> ChunkMetadataBuilder:
     return ChunkMetadataBuilder(open_device("cpu"), sum(seq_lens), len(seq_lens), num_value_heads)
 
@@ -322,8 +294,8 @@ def _metadata_contest(num_seqs: int, peer: str) -> Contest:
     num_tokens = 32768
 
     def start() -> Pair:
-        seq_lens = _seq_lens(num_seqs, num_tokens)
-        loc, builder = _query_start_loc(seq_lens), _builder(seq_lens, HV)
+        seq_lens = random_seq_lens(num_seqs, num_tokens)
+        loc, builder = query_start_loc_of(seq_lens), _builder(seq_lens, HV)
 
         def ours() -> object:
             return builder.build(loc)
@@ -357,7 +329,7 @@ def _real_builder_contest(num_seqs: int, *, is_vllm_included: bool) -> Contest:
     num_tokens = 32768
 
     def start() -> Pair:
-        rows = (Row(n, is_prefilling=True) for n in _seq_lens(num_seqs, num_tokens))
+        rows = (Row(n, is_prefilling=True) for n in random_seq_lens(num_seqs, num_tokens))
         ours, peer = load_metadata_builders(
             Step(tuple(rows)), num_value_heads=HV, is_vllm_included=is_vllm_included
         )
@@ -376,24 +348,8 @@ def _check_same_tables(ours: ChunkMetadata, peers: Any) -> None:
             raise EquivalenceError(f"{name} differs: {getattr(ours, name)} and {getattr(peers, name)}")
 
 
-def _tensors(
-    num_tokens: int,
-    num_heads: int,
-    num_value_heads: int,
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-) -> list[torch.Tensor]:
-    """q, k, v of `dtype`, g and beta float32, drawn on the device."""
-    device = device or torch.device("cpu")
-    like: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(SEED), "device": device}
-    q, k = (torch.randn(1, num_tokens, num_heads, D, **like).to(dtype) for _ in range(2))
-    v = torch.randn(1, num_tokens, num_value_heads, D, **like).to(dtype)
-    g, beta = (torch.rand(1, num_tokens, num_value_heads, **like) for _ in range(2))
-    return [q, k, v, -g, beta]
-
-
 def _start_reference() -> Pair:
-    inputs = _tensors(1024, H, H, torch.float32)
+    inputs = random_tensors(1024, H, H, torch.float32)
     peer = load_transformers_chunk_gated_delta_rule()
     options: dict[str, Any] = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
     return Pair(
@@ -407,8 +363,8 @@ def _start_reference() -> Pair:
 def _eager_contest(peer: str, num_heads: int, num_value_heads: int) -> Contest:
     def start() -> Pair:
         seq_lens = np.random.default_rng(SEED).integers(1, 513, 64).tolist()
-        inputs = _tensors(sum(seq_lens), num_heads, num_value_heads, torch.bfloat16)
-        loc = _query_start_loc(seq_lens)
+        inputs = random_tensors(sum(seq_lens), num_heads, num_value_heads, torch.bfloat16)
+        loc = query_start_loc_of(seq_lens)
         builder = _builder(seq_lens, num_value_heads)
         options: dict[str, Any] = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
 
@@ -570,9 +526,9 @@ class _SmallPrefill(NamedTuple):
     @classmethod
     def make(cls) -> "_SmallPrefill":
         num_heads, num_value_heads, seq_lens = H // 8, HV // 8, [64] * 4
-        inputs = _tensors(sum(seq_lens), num_heads, num_value_heads, torch.bfloat16)
+        inputs = random_tensors(sum(seq_lens), num_heads, num_value_heads, torch.bfloat16)
         options: dict[str, Any] = {
-            "prebuilt_meta": _builder(seq_lens, num_value_heads).build(_query_start_loc(seq_lens)),
+            "prebuilt_meta": _builder(seq_lens, num_value_heads).build(query_start_loc_of(seq_lens)),
             "initial_state": torch.zeros(len(seq_lens), num_value_heads, D, D),
             "output_final_state": True,
             "use_qk_l2norm_in_kernel": True,
@@ -705,54 +661,10 @@ CONTESTS = (
 # Contests on an accelerator
 
 
-class _Prefill(NamedTuple):
-    """A prefill batch on a device: tensors, metadata built before, and the bounds of its sequences there."""
-
-    inputs: list[torch.Tensor]
-    initial_state: torch.Tensor
-    metadata: ChunkMetadata
-    cu_seqlens: torch.Tensor
-    bounds: list[int]
-
-    def run(self, function: Callable[..., Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """o and final_state."""
-        return function(
-            *self.inputs,
-            initial_state=self.initial_state,
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=True,
-            **options,
-        )
-
-    def prebuilt(self, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.run(
-            optimized_chunk_gated_delta_rule, prebuilt_meta=self.metadata, implementation=implementation
-        )
-
-    def on_the_spot(self, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.run(
-            optimized_chunk_gated_delta_rule, cu_seqlens=self.cu_seqlens, implementation=implementation
-        )
-
-
-def _prefill(device: Device, num_seqs: int, num_tokens: int) -> _Prefill:
-    where = device.torch_device
-    q, k, v, g, beta = _tensors(num_tokens, H, HV, torch.bfloat16, where)
-    rng = torch.Generator(where).manual_seed(SEED + 1)
-    loc = _query_start_loc(_seq_lens(num_seqs, num_tokens))
-    return _Prefill(
-        [q, k, v, g, beta.to(q.dtype)],
-        torch.randn(num_seqs, HV, D, D, generator=rng, device=where),
-        ChunkMetadataBuilder(device, num_tokens, num_seqs, HV).build(loc),
-        loc.to(where, torch.int64),
-        loc.tolist(),
-    )
-
-
 def _op_contest(device: Device, num_seqs: int, num_tokens: int, implementation: str, peer: str) -> Contest:
     def start() -> Pair:
         function = load_fla_chunk_gated_delta_rule() if peer == "fla-core" else None
-        batch = _prefill(device, num_seqs, num_tokens)
+        batch = prefill_batch(device, num_seqs, num_tokens, H, HV)
 
         def ours() -> tuple[torch.Tensor, torch.Tensor]:
             return batch.prebuilt(implementation)
@@ -763,7 +675,7 @@ def _op_contest(device: Device, num_seqs: int, num_tokens: int, implementation: 
             return batch.run(function, cu_seqlens=batch.cu_seqlens)
 
         with torch.inference_mode():
-            _check_agree(ours(), peers(), batch.bounds)
+            check_agree(ours(), peers(), batch.bounds)
         return Pair(implementation, ours, peer if function is None else _fla_name(), peers)
 
     return Contest(f"{implementation}, {_of(num_seqs, num_tokens)}, against {peer}", start)
@@ -771,7 +683,7 @@ def _op_contest(device: Device, num_seqs: int, num_tokens: int, implementation: 
 
 def _prebuilt_contest(device: Device, num_seqs: int, num_tokens: int, implementation: str) -> Contest:
     def start() -> Pair:
-        batch = _prefill(device, num_seqs, num_tokens)
+        batch = prefill_batch(device, num_seqs, num_tokens, H, HV)
 
         def ours() -> tuple[torch.Tensor, torch.Tensor]:
             return batch.prebuilt(implementation)
@@ -798,25 +710,10 @@ def _fla_name() -> str:
     return f"fla-core {FLA_VERSION}{with_backend}"
 
 
-def _check_agree(
-    ours: tuple[torch.Tensor, torch.Tensor], peers: tuple[torch.Tensor, torch.Tensor], bounds: list[int]
-) -> None:
-    """Raise unless both computed the same: what is timed must be the same work.
-
-    Each may be off the truth by the limit of bfloat16, so one may be off the other by twice that.
-    """
-    bfloat16 = torch.bfloat16
-    twice = Errors(*(2 * x for x in limit(bfloat16)))
-    for comparison in (
-        compare_o(ours[0], peers[0], dtype=bfloat16, bounds=bounds, limit=twice),
-        compare_state(ours[1], peers[1], dtype=torch.float32, operands=bfloat16, limit=twice),
-    ):
-        if not comparison.passed:
-            raise EquivalenceError(f"contenders do not compute the same: {comparison}")
-
-
 def contests_on(device: Device) -> tuple[Contest, ...]:
     """What is compared on a device. On an NPU the peer of the fused path is our staged one."""
+    if isinstance(device, LinalgDevice):
+        return NATIVE_CONTESTS
     kind = device.torch_device.type
     if kind == "cpu":
         return CONTESTS
@@ -833,7 +730,7 @@ def contests_on(device: Device) -> tuple[Contest, ...]:
 
 _NOT_TIMED = (
     "staged and fused are not timed on a CPU: they run in Triton's interpreter there, whose speed says "
-    "nothing; --device cuda or npu times them"
+    "nothing; --device linalg, cuda or npu times them"
 )
 
 # One sequence as long as a step of 8192 tokens lets it be, of Qwen3-Next.
@@ -843,11 +740,12 @@ _TRAFFIC_BATCH = Batch((8192,), H, HV, D, D)
 def _print(results: Sequence[Result], device_name: str) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(_times_table(results))
-    where = "CPU" if device_name == "cpu" else f"{device_name}, timed by events"
+    on_cpu = device_name in ("cpu", "linalg")
+    where = "CPU" if on_cpu else f"{device_name}, timed by events"
     console.print(f"medians of interleaved turns, {torch.get_num_threads()} threads, {where}")
     if device_name == "cpu":
         console.print(_NOT_TIMED)
-    else:
+    if not on_cpu:
         console.print("host: time until a call returns, as part of the time it takes on the device")
     batch = _TRAFFIC_BATCH
     console.print(

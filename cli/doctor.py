@@ -14,7 +14,7 @@ from ..equivalence_tests.run_on_device import versions, why_unusable
 from ..optimized.vllm.plugin import TESTED_VERSIONS
 from ..reference.errors import InvalidArgumentError
 
-DEVICES = ("cpu", "cuda", "npu")
+DEVICES = ("cpu", "linalg", "cuda", "npu")
 PLUGIN_TIMEOUT = 180  # s; vLLM takes some ten to be imported
 
 
@@ -51,11 +51,14 @@ def _implementations(devices: dict[str, str | None]) -> list[dict[str, Any]]:
 
     found = importlib.util.find_spec("triton") is not None
     no_triton = None if found else "Triton is not installed: triton-ascend for an NPU, triton elsewhere"
+    no_kernels = {"linalg": "it has no kernels that the Ascend compiler could lower"}
     return [
         {
             "name": i.name,
             "summary": i.summary,
-            "devices": {n: reason or (no_triton if i.uses_triton else None) for n, reason in devices.items()},
+            "devices": {n: reason or no_triton for n, reason in devices.items()}
+            if i.uses_triton
+            else {**devices, **no_kernels},
         }
         for i in IMPLEMENTATIONS.values()
     ]
@@ -125,7 +128,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += [f"  {name:<14} {version}" for name, version in found["versions"].items()]
     lines += ["", "Devices"]
     lines += [f"  {name:<14} {_verdict(reason)}" for name, reason in found["devices"].items()]
-    lines += ["", "Implementations (on cpu, those in Triton run in its interpreter)"]
+    kernels = "Triton kernels: on cpu interpreted, on linalg as the Ascend compiler lowers them"
+    lines += ["", f"Implementations ({kernels})"]
     for implementation in found["implementations"]:
         lines.append(f"  {implementation['name']:<14} {implementation['summary']}")
         for device, reason in implementation["devices"].items():

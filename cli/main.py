@@ -94,9 +94,9 @@ def verify(
         str,
         typer.Option(
             envvar="HYPOTHESIS_PROFILE",
-            help="How much: dev, ci or nightly. For gdn 10, 30 or 300 steps of the workload, for scheduler "
-            "5,000, 20,000 or 1,000,000 (against vLLM 2,500, 10,000 or 100,000). Seed 0; nightly takes a "
-            "fresh one, which is printed.",
+            help="How much: dev, ci or nightly. For gdn 10, 30 or 300 steps of the workload (on linalg "
+            "60, 180 or 1,800), for scheduler 5,000, 20,000 or 1,000,000 (against vLLM 2,500, 10,000 or "
+            "100,000). Seed 0; nightly takes a fresh one, which is printed.",
         ),
     ] = "dev",
     cases: Annotated[int | None, typer.Option(min=1, help="Steps to check. Default: by --profile.")] = None,
@@ -128,7 +128,7 @@ def verify(
     ] = Path("failures"),
     max_num_batched_tokens: Annotated[
         int | None,
-        typer.Option(max=2**20, help="Tokens of a step, at most. Default: 1024; 256 interpreted."),
+        typer.Option(max=2**20, help="Tokens of a step, at most. Default: 1024; 256 of kernels on a CPU."),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences of a step, at most.")] = 16,
     implementation: Annotated[
@@ -136,14 +136,14 @@ def verify(
         typer.Option(help="eager, staged or fused; `doctor` lists them. Default: eager on cpu, else fused."),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where it runs: cpu, cuda, npu, or cuda:INDEX, npu:INDEX.")
+        str, typer.Option(help="Where it runs: cpu, linalg, cuda, npu, or cuda:INDEX, npu:INDEX.")
     ] = "cpu",
     dtype: Annotated[
         str, typer.Option(help="Of q, k, v and beta: bfloat16, float16, float32, float64.")
     ] = "bfloat16",
     num_heads: Annotated[
         int | None,
-        typer.Option(min=1, max=1024, help="Query/key heads H. Default: 16; 1 interpreted."),
+        typer.Option(min=1, max=1024, help="Query/key heads H. Default: 16; 1 of kernels on a CPU."),
     ] = None,
     num_value_heads: Annotated[
         int | None,
@@ -173,7 +173,9 @@ def verify(
     Qwen3-Next.
 
     staged and fused are Triton kernels. On cpu they run in Triton's interpreter, some thousand times slower
-    than on a device; there the default shape has fewer heads and tokens.
+    than on a device; there the default shape has fewer heads and tokens. linalg is the CPU, too, with native
+    code of what the Ascend compiler makes of them: does it change what they compute? It takes the tools of
+    ascend-twin[linalg], and checks five times as many batches in the same time.
 
     --suite scheduler: does the plain statement of vLLM 0.17.0's scheduler hold its invariants, and does every
     request say what it must, over random runs in which everything happens: preemption, prefix hits, drafts,
@@ -187,6 +189,7 @@ def verify(
     ascend-twin verify --trace conversation.jsonl --cases 100 --json result.json
     ascend-twin verify --html report.html --junit junit.xml
     ascend-twin verify --implementation fused                 # interpreted, where there is no device
+    ascend-twin verify --device linalg --dtype float16        # what the Ascend compiler makes of the kernels
     ascend-twin verify --device npu --max-num-batched-tokens 8192 --max-num-seqs 64
     ascend-twin verify --num-heads 4 --num-value-heads 8      # a rank of Qwen3-Next at TP 4
 
@@ -265,8 +268,9 @@ def replay(
     device: Annotated[
         str,
         typer.Option(
-            help="Where a call is run again: cpu, cuda, npu, or cuda:INDEX, npu:INDEX; sim is a simulated "
-            "accelerator that runs everything as late as it may, and eager only."
+            help="Where a call is run again: cpu, cuda, npu, or cuda:INDEX, npu:INDEX; linalg is the CPU and "
+            "what the Ascend compiler makes of the kernels; sim is a simulated accelerator that runs "
+            "everything as late as it may, and eager only."
         ),
     ] = "cpu",
     implementation: Annotated[
@@ -318,6 +322,7 @@ def replay(
     \b
     ascend-twin replay gdn-layer0-step12.safetensors
     ascend-twin replay gdn-layer0-step12.safetensors --device npu --implementation fused
+    ascend-twin replay gdn-layer0-step12.safetensors --device linalg
     ascend-twin replay gdn-layer0-step12.safetensors --minimize small.safetensors --heatmap error.png
     ascend-twin replay fixtures/cases/gdn --html report.html --junit junit.xml
 
@@ -354,7 +359,7 @@ def bench(
         typer.Option(metavar="TEXT", help="Run only benchmarks whose name contains TEXT. May be repeated."),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="What is measured: cpu, cuda, npu, or cuda:INDEX, npu:INDEX.")
+        str, typer.Option(help="What is measured: cpu, linalg, cuda, npu, or cuda:INDEX, npu:INDEX.")
     ] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 9,
     threads: Annotated[
@@ -381,6 +386,11 @@ def bench(
     scheduler (`tox run -e bench-peers` installs them). The Triton paths are not timed there: they are
     interpreted.
 
+    On linalg: staged and fused as the Ascend compiler lowers them, run natively. Against Triton's
+    interpreter, on batches small enough for it: calls that find everything compiled, and first calls, which
+    compile. Against the eager path: a call of 2048 tokens of Qwen3-Next's heads. The interpreter takes
+    minutes, with --rounds 3 a third of them.
+
     On cuda: fused and staged against fla-core 0.6.0 (`tox run -e bench-cuda` installs it), on 8192 and 32768
     tokens in 1 to 64 sequences of Qwen3-Next's heads in bfloat16; on npu: fused against staged. On both:
     metadata prebuilt against built on the spot, and the host's share of the time.
@@ -390,6 +400,7 @@ def bench(
     \b
     ascend-twin bench
     ascend-twin bench --only metadata --rounds 21 --plot metadata.png
+    ascend-twin bench --device linalg --only cached --rounds 3
     ascend-twin bench --device cuda --only fused --only prebuilt --json result.json
     tox run -e bench-peers -- --json result.json
 

@@ -43,9 +43,11 @@ from ..equivalence_tests.tolerances import Errors
 from ..equivalence_tests.traced_collectives import merge_ranks
 from ..fixtures.store import SUFFIXES, Fixture, read_fixture, write_fixture
 from ..optimized.gdn import IMPLEMENTATIONS
+from ..optimized.gdn.ascend_native import LoweringError
 from ..reference.errors import AscendTwinError, FixtureError, UnavailableError, invalid_argument
 from ..reference.gdn.inputs import check_choice
 from . import junit, report
+from .compiling import says_when_compiling
 from .output_files import check_apart, one_line, printable, write_atomically, write_json
 from .progress import progress
 from .result_files import result_files
@@ -116,6 +118,7 @@ class Broken(NamedTuple):
     reason: str
 
 
+@says_when_compiling()
 def run_replay(options: Options) -> int:
     """Replay; print the result on stdout and progress on stderr.
 
@@ -125,6 +128,7 @@ def run_replay(options: Options) -> int:
     Raises:
         FixtureError, InvalidArgumentError: for wrong input; for a broken file if it was given by its name.
         UnavailableError: when nothing of it can be replayed here.
+        LoweringError: for a kernel that there is no native code of.
     """
     start = time.perf_counter()
     files = _check(options)
@@ -278,6 +282,8 @@ def _replay(path: Path, fixture: Fixture, options: Options, *, is_only_one: bool
         if is_only_one:
             raise
         return Result(path, fixture, (), time.perf_counter() - start, skipped=str(error))
+    except LoweringError:  # it is no fault of the file
+        raise
     except AscendTwinError as error:
         raise _naming(path, error) from error
     return Result(path, fixture, replays, time.perf_counter() - start)

@@ -52,23 +52,29 @@ from ..equivalence_tests.failures import save_fixture
 from ..equivalence_tests.run_on_device import versions
 from ..equivalence_tests.tolerances import Errors
 from ..optimized.gdn import IMPLEMENTATIONS, ChunkMetadataBuilder, open_device
+from ..optimized.gdn.ascend_native import LoweringError
 from ..optimized.gdn.device import Device
 from ..optimized.gdn.kernels.block_sizes import CHUNK_SIZE
 from ..reference.errors import UnavailableError, invalid_argument
 from ..reference.gdn.inputs import check_choice
 from ..scheduler.prefill_steps import PrefillStep, prefill_steps
 from ..scheduler.traces import generate_requests, read_trace
+from .compiling import says_when_compiling
 from .output_files import check_apart, check_folder
+from .report import command_line
 from .result_files import result_files, write_result
 from .verify_report import verify_junit, verify_report
 
 # Steps of the workload, and the seed; None is a fresh one.
 PROFILES: dict[str, tuple[int, int | None]] = {"dev": (10, 0), "ci": (30, 0), "nightly": (300, None)}
+STEPS_ON_LINALG = 6
+"""So many times these steps on linalg, in the time that the interpreter takes for them."""
 
 NUM_GENERATED_REQUESTS = 256
 MINIMIZE_SECONDS = 60.0
+LINALG = "linalg"
 
-# Batches that no workload may happen to hold; small head dims, so that they cost little.
+# Batches that no workload may happen to hold.
 CORNERS: tuple[dict[str, Any], ...] = (
     {"seq_lens": ()},
     {"seq_lens": (1,)},
@@ -81,6 +87,10 @@ CORNERS: tuple[dict[str, Any], ...] = (
     {"seq_lens": (1100, 0, 1)},
     {"seq_lens": (65, 0, 127), "gates": "steep", "initial_state": (False, True, True)},
 )
+SMALL_DIMS = (16, 16)
+"""K and V of the corners, so that they cost little."""
+ODD_DIMS = ((48, 80), (80, 24))
+"""K and V of the corners on linalg, beside those and what is asked for: other code, with masks, for each."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,11 @@ class Options:
     def is_interpreted(self) -> bool:
         """Whether its kernels run in Triton's interpreter."""
         return _is_interpreted(self.implementation, self.device)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its kernels run as native code, made of what the Ascend compiler makes of them."""
+        return self.device == LINALG
 
 
 @dataclass(frozen=True)
@@ -222,7 +237,8 @@ def options_with_defaults(
     if implementation is None:
         implementation = "eager" if device == "cpu" else "fused"
     check_choice("--implementation", implementation, tuple(IMPLEMENTATIONS))
-    tokens, heads = (256, 1) if _is_interpreted(implementation, device) else (1024, 16)
+    runs_kernels_on_cpu = device == LINALG or _is_interpreted(implementation, device)
+    tokens, heads = (256, 1) if runs_kernels_on_cpu else (1024, 16)
     H = heads if H is None else H
     return Options(
         implementation=implementation,
@@ -239,6 +255,7 @@ def _is_interpreted(implementation: str, device: str) -> bool:
     return device == "cpu" and IMPLEMENTATIONS[implementation].uses_triton
 
 
+@says_when_compiling()
 def run_verify(options: Options) -> int:
     """Verify; print the result on stdout and progress on stderr.
 
@@ -247,6 +264,7 @@ def run_verify(options: Options) -> int:
 
     Raises:
         InvalidArgumentError, TraceError, UnavailableError: for wrong input, before anything is computed.
+        LoweringError: for a kernel that there is no native code of.
     """
     start = time.perf_counter()
     plan = _prepare(options)
@@ -261,7 +279,7 @@ def run_verify(options: Options) -> int:
     if failure:
         typer.echo(f"\n{failure['message']}")
         if failure["fixture"]:
-            typer.echo(f"\nSaved; this says what went wrong first: ascend-twin replay {failure['fixture']}")
+            typer.echo(f"\nSaved; this says what went wrong first: {_replay(failure['fixture'], options)}")
         typer.echo(f"\nThis reproduces it:\n\n{failure['code']}" if failure["code"] else "")
     result = _as_json(plan, suites, batches, covered, failure, seconds)
     write_result(plan.options, result, verify_report, verify_junit)
@@ -304,6 +322,9 @@ def _prepare(options: Options) -> _Plan:
     check_choice("--profile", options.profile, tuple(PROFILES))
     check_choice("--dtype", options.dtype, tuple(DTYPES))
     implementation = IMPLEMENTATIONS[options.implementation]
+    if options.is_native:
+        with_kernels = tuple(name for name, i in IMPLEMENTATIONS.items() if i.uses_triton)
+        check_choice(f"--implementation for device {LINALG}", options.implementation, with_kernels)
     of = f"for implementation {options.implementation}"
     allowed = tuple(name for name, dtype in DTYPES.items() if dtype in implementation.dtypes)
     check_choice(f"--dtype {of}", options.dtype, allowed)
@@ -322,7 +343,7 @@ def _prepare(options: Options) -> _Plan:
     if options.seed is None:
         fresh = random.SystemRandom().randrange(2**31)
         options = dataclasses.replace(options, seed=fresh if profile_seed is None else profile_seed)
-    num_cases = options.cases or profile_cases
+    num_cases = options.cases or profile_cases * (STEPS_ON_LINALG if options.is_native else 1)
     options = dataclasses.replace(options, cases=num_cases)
     rng = random.Random(options.seed)
 
@@ -334,10 +355,13 @@ def _prepare(options: Options) -> _Plan:
         prefill_steps(requests, options.max_num_batched_tokens, options.max_num_seqs), num_cases, rng
     )
     common = {"H": options.H, "HV": options.HV, "dtype": options.dtype, "use_qk_l2norm_in_kernel": True}
-    cases = [
-        PrefillCase(seed=rng.randrange(2**31), **{**common, "K": 16, "V": 16, **corner}) for corner in CORNERS
+    dims = (SMALL_DIMS, *ODD_DIMS, (options.K, options.V)) if options.is_native else (SMALL_DIMS,)
+    corners = [
+        PrefillCase(seed=rng.randrange(2**31), **{**common, "K": K, "V": V, **corner})
+        for K, V in dict.fromkeys(dims)
+        for corner in CORNERS
     ]
-    cases += [
+    cases = corners + [
         PrefillCase(
             seq_lens=step.seq_lens,
             seed=rng.randrange(2**31),
@@ -349,7 +373,7 @@ def _prepare(options: Options) -> _Plan:
         for step in steps
     ]
     builder = ChunkMetadataBuilder(device, *_capacity(*cases), options.HV)
-    return _Plan(options, device, cases, len(CORNERS), num_steps, builder)
+    return _Plan(options, device, cases, len(corners), num_steps, builder)
 
 
 def _headline(plan: _Plan) -> str:
@@ -399,7 +423,7 @@ def _check(plan: _Plan, case: PrefillCase, builder: ChunkMetadataBuilder) -> Out
             device=plan.device.torch_device,
             check_reference=True,
         )
-    except UnavailableError:
+    except (UnavailableError, LoweringError):
         raise
     except Exception as error:
         return error
@@ -467,6 +491,13 @@ def _save(options: Options, case: PrefillCase, outcome: Outcome | Exception) -> 
     except OSError as error:
         typer.echo(f"the failing batch cannot be saved in {options.failures}: {error.strerror}", err=True)
         return None
+
+
+def _replay(file: str, options: Options) -> str:
+    """The command that replays a file where it failed."""
+    where = {"--device": options.device, "--implementation": options.implementation}
+    is_default = options.device == "cpu" and options.implementation == "eager"
+    return command_line("replay", {} if is_default else where, file)
 
 
 def _capacity(*cases: PrefillCase) -> tuple[int, int]:

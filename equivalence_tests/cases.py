@@ -58,8 +58,8 @@ class Inputs(NamedTuple):
     cu_seqlens: torch.Tensor
 
     def to(self, device: torch.device) -> "Inputs":
-        """The same tensors on `device`."""
-        return Inputs._make(None if x is None else x.to(device) for x in self)
+        """Copies of the tensors, on `device`."""
+        return Inputs._make(None if x is None else x.to(device, copy=True) for x in self)
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def check_prefill(
     o, state = run_case(
         optimized_chunk_gated_delta_rule,
         case,
-        case.inputs().to(device),  # its own: what an implementation does to them must not change the truth
+        inputs.to(device),  # copies: what an implementation does to them must not change the truth
         prebuilt_meta=metadata,
         implementation=implementation,
     )

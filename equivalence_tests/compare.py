@@ -126,7 +126,7 @@ def _compare_parts(
             continue
         scale = max(_rms(t).item(), smallest_scale(dtype))
         rows = _rms(a - t, dim=-1) / scale
-        ratio = max(ratio, _rms(a - t).item() / scale)
+        ratio = max(ratio, _rms(rows).item())
         if sequence is None or rows.max().item() > worst_row:
             worst_row = rows.max().item()
             sequence, (row, head) = n, divmod(int(rows.argmax()), rows.shape[1])

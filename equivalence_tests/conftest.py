@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, settings
 from ascend_twin.equivalence_tests import interpreter
 from ascend_twin.equivalence_tests.devices import open_test_device
 from ascend_twin.equivalence_tests.installed_vllm import VERSIONS, why_unavailable
+from ascend_twin.equivalence_tests.strategies import COMPILED_SHAPES, Shapes
 from ascend_twin.optimized.gdn import IMPLEMENTATIONS
-from ascend_twin.optimized.gdn.device import Device
+from ascend_twin.optimized.gdn.device import Device, LinalgDevice
 from ascend_twin.reference.errors import UnavailableError
 
 # A case computes for up to a second, so no example has a deadline, and slowness is not unhealthy.
@@ -29,7 +30,9 @@ _NO_TRITON = pytest.StashKey[str | None]()  # why kernels do not run on the devi
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--device", default="cpu", help="where the optimized path runs: cpu (default), cuda, npu, cuda:INDEX"
+        "--device",
+        default="cpu",
+        help="where the optimized path runs: cpu (default), linalg, cuda, npu, cuda:INDEX",
     )
 
 
@@ -57,6 +60,8 @@ def implementation(request: pytest.FixtureRequest) -> str:
     """The name of each implementation in turn; skips those that need Triton where it does not run."""
     if IMPLEMENTATIONS[request.param].uses_triton:
         request.getfixturevalue("triton_runs")
+    elif isinstance(request.getfixturevalue("device"), LinalgDevice):
+        pytest.skip(f"{request.param} uses no Triton: it is the same on --device cpu")
     return request.param
 
 
@@ -67,6 +72,19 @@ def device(request: pytest.FixtureRequest) -> Device:
         return open_test_device(str(request.config.getoption("--device")))
     except UnavailableError as error:
         pytest.exit(f"--device: {error}", returncode=2)
+
+
+@pytest.fixture(scope="session")
+def compiled_shapes() -> Shapes | None:
+    """Shapes of cases for native code: a few, at night any (None)."""
+    is_night = settings().max_examples >= settings.get_profile("nightly").max_examples
+    return None if is_night else COMPILED_SHAPES
+
+
+@pytest.fixture(scope="session")
+def shapes(device: Device, compiled_shapes: Shapes | None) -> Shapes | None:
+    """Shapes of cases for the device under test; None for any."""
+    return compiled_shapes if isinstance(device, LinalgDevice) else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..optimized.gdn.device import Device, open_device
+from ..optimized.gdn.device import Device, LinalgDevice, open_device
 from ..reference.errors import HostSyncError, StagingError, UnsynchronizedReadError
 
 _INT_POISON = -0x5A5A5A5B
@@ -384,6 +384,11 @@ class SimulatedDevice:
 
         self._queue(self.current_stream(), work, written)
         return result
+
+
+def interprets(device: Device) -> bool:
+    """Whether Triton kernels run in Triton's interpreter on `device`: on a CPU, unless as native code."""
+    return device.torch_device.type == "cpu" and not isinstance(device, LinalgDevice)
 
 
 def open_test_device(name: str) -> Device:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ..fixtures.store import Fixture
-from ..optimized.gdn.chunked import default_implementation
 from ..optimized.gdn.kernels.block_sizes import CHUNK_SIZE
 from ..reference.errors import invalid_argument
 from .cases import expected_metadata
@@ -17,7 +16,7 @@ from .devices import open_test_device
 from .explanations import Doctor
 from .recorded_call import RecordedCall
 from .replay import Replay, is_recorded
-from .replay_gdn import call_block_sizes, compact_metadata, judge, judge_again
+from .replay_gdn import call_block_sizes, compact_metadata, default_implementation_on, judge, judge_again
 
 SECONDS = 60.0
 _FEWEST_COLUMNS = 8
@@ -62,7 +61,7 @@ def minimize_fixture(
         search = _Search(call, judge, seconds, is_seen=True)
     else:
         where = open_test_device(device)
-        name = implementation or default_implementation(where.torch_device)
+        name = implementation or default_implementation_on(where)
         search = _Search(call, lambda call, **_: judge_again(call, where, name), seconds, is_seen=False)
     smallest = search.run()
     origin: dict[str, object] = {"minimized_from": Path(path).name, "tokens_before": call.bounds[-1]}

@@ -10,7 +10,7 @@ from .tolerances import Errors
 RECORDED = "recorded"
 """The subject of a replay of what a file holds; of one that runs something again, "eager on cpu"."""
 
-BLAMES = ("", "inputs", "metadata", "arithmetic", "state", "scheduler", "collective")
+BLAMES = ("", "inputs", "metadata", "arithmetic", "state", "memory", "scheduler", "collective")
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def replay_fixture(
     Args:
         fixture: the case.
         path: of its file, for messages.
-        device: where it is run again: cpu, cuda, npu (with an index, as cuda:1), or sim, the simulated
-            accelerator. Kinds gdn and metadata.
+        device: where it is run again: cpu, linalg (native code of what the Ascend compiler makes of kernels),
+            cuda, npu (with an index, as cuda:1), or sim, the simulated accelerator. Kinds gdn and metadata.
         implementation: what is run again: "reference" or a name in `optimized.gdn.IMPLEMENTATIONS`; for a
             trace as in `replay_traces.replay_trace`. Default: nothing; what was recorded is compared, or,
             where nothing was, the default of the device.
@@ -114,6 +114,7 @@ def replay_fixture(
     Raises:
         InvalidArgumentError: for a name that there is not, or a case whose tensors or config do not fit.
         UnavailableError: for a device or an implementation that cannot be had here.
+        LoweringError: on linalg, for a kernel that there is no native code of.
     """
     if fixture.has_tensors:
         from .replay_gdn import replay_gdn as replay

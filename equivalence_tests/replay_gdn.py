@@ -14,16 +14,16 @@ from ..fixtures.store import Fixture
 from ..optimized.gdn import IMPLEMENTATIONS, ChunkMetadata, ChunkMetadataBuilder
 from ..optimized.gdn import chunk_gated_delta_rule as optimized_chunk_gated_delta_rule
 from ..optimized.gdn.chunked import default_implementation
-from ..optimized.gdn.device import Device
+from ..optimized.gdn.device import Device, LinalgDevice
 from ..optimized.gdn.kernels.block_sizes import CHUNK_SIZE, SOLVE_TRIL_BLOCK_SIZE, cumsum_block_size
-from ..reference.errors import UnavailableError, invalid_argument
+from ..reference.errors import AscendTwinError, UnavailableError, invalid_argument
 from ..reference.gdn import chunk_gated_delta_rule
 from ..reference.gdn.inputs import check_choice, check_cu_seqlens, check_tensor
 from ..reference.gdn.metadata import chunk_indices
 from . import interpreter
 from .cases import Inputs, expected_metadata, metadata_differences, run_case
 from .compare import Comparison, compare_o, compare_state
-from .devices import SimulatedDevice, open_test_device
+from .devices import SimulatedDevice, interprets, open_test_device
 from .explanations import Doctor, Explanation
 from .kernel_stages import FACTORS, STAGES, StageCase, compare_result, poisoned_memory
 from .recorded_call import RecordedCall, by_prefix, tells_nothing
@@ -81,6 +81,18 @@ _SEEN = (
 """Those that are results of the whole op."""
 
 
+class KernelError(AscendTwinError):
+    """A kernel that did not come to its end; the message is that of what it did.
+
+    Attributes:
+        stage: a key of `STAGES`.
+    """
+
+    def __init__(self, stage: str, error: Exception) -> None:
+        super().__init__(str(error))
+        self.stage = stage
+
+
 def replay_gdn(
     fixture: Fixture, *, path: str = "", device: str = "cpu", implementation: str | None = None
 ) -> Replay:
@@ -96,8 +108,13 @@ def replay_gdn(
     if implementation is None and is_recorded(fixture):
         return judge(call, path=path)
     where = open_test_device(device)
-    name = implementation or default_implementation(where.torch_device)
+    name = implementation or default_implementation_on(where)
     return judge_again(call, where, name, path=path, subject=f"{name} on {device}")
+
+
+def default_implementation_on(device: Device) -> str:
+    """What is run again on a device if nothing else is asked for: kernels on linalg, as on an NPU."""
+    return "fused" if isinstance(device, LinalgDevice) else default_implementation(device.torch_device)
 
 
 def judge_again(
@@ -115,7 +132,10 @@ def judge_again(
     problems = _inputs(call.packed)
     if problems:
         return _as_replay(path, subject, call, problems)
-    observed, differences = run_again(call, device, implementation)
+    try:
+        observed, differences = run_again(call, device, implementation)
+    except KernelError as error:
+        return _as_replay(path, subject, call, [Finding(error.stage, "memory", False, str(error))])
     if differences:
         found = [Finding("metadata", "prebuilt", False, difference) for difference in differences]
         return _as_replay(path, subject, call, found)
@@ -189,8 +209,14 @@ def run_again(call: RecordedCall, device: Device, implementation: str) -> tuple[
         those of the definition: nothing was then computed.
 
     Raises:
-        UnavailableError: where it cannot run.
+        UnavailableError: where it cannot run, or would be what it is on another device.
+        KernelError: where a kernel touches memory outside its tensors, interpreted or on linalg.
     """
+    if isinstance(device, LinalgDevice) and implementation not in STAGES_OF:
+        raise UnavailableError(
+            f"{implementation} has no kernels that the Ascend compiler could lower for device linalg; "
+            f"{' and '.join(STAGES_OF)} have"
+        )
     if implementation == REFERENCE:
         o, final_state = run_case(chunk_gated_delta_rule, call.case, call.inputs, **call.options)
         return call.with_seen(o, final_state), []
@@ -201,7 +227,7 @@ def run_again(call: RecordedCall, device: Device, implementation: str) -> tuple[
                 f"implementation {implementation} is made of Triton kernels, which the simulated device does "
                 "not run; eager is not"
             )
-        if device.torch_device.type == "cpu":
+        if interprets(device):
             interpreter.enable()
     builder = ChunkMetadataBuilder(device, max(1, num_tokens), max(1, num_seqs), call.case.HV)
     if isinstance(device, SimulatedDevice):
@@ -243,10 +269,14 @@ def _watched_launches(implementation: str) -> Iterator[dict[str, torch.Tensor]]:
         yield launched
         return
     from ..optimized.gdn import triton_paths
+    from ..optimized.gdn.native_launches import StrayAccessError
 
     def watched(stage: str, launcher: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> Any:
-            returned = launcher(*args, **kwargs)
+            try:
+                returned = launcher(*args, **kwargs)
+            except (StrayAccessError, interpreter.AddressError) as error:
+                raise KernelError(stage, error) from error
             if stage == "l2norm":
                 launched[f"l2norm.{'k' if 'l2norm.q' in launched else 'q'}"] = returned
             else:
@@ -693,6 +723,8 @@ def _as_replay(
 def _blame(first: Finding, explanation: Explanation | None) -> str:
     if first.stage in ("inputs", "metadata"):
         return first.stage
+    if first.name == "memory":
+        return "memory"
     if explanation is not None:
         return explanation.mistake.blame
     return "state" if first.stage == "final_state" else "arithmetic"

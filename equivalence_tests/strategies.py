@@ -13,6 +13,9 @@ from .cases import BETAS, DTYPES, GATES, KEYS, PrefillCase
 SEEDS = st.integers(0, 2**16)
 HEADS = ((1, 1), (1, 2), (2, 2), (2, 4), (1, 3), (3, 6))
 HEAD_DIMS = ((16, 16), (16, 32), (32, 16), (8, 24))
+Shapes = tuple[tuple[int, int, int, int], ...]
+COMPILED_SHAPES: Shapes = ((2, 4, 16, 32), (2, 6, 24, 8), (1, 1, 32, 16))
+"""H, HV, K and V of cases for native code: to compile for another takes longer than many cases."""
 
 
 def _around(*block_sizes: int) -> list[int]:
@@ -43,10 +46,21 @@ def prefill_cases(
     max_num_seqs: int = 5,
     max_length: int = 3 * CHUNK_SIZE + 2,
     heads: tuple[tuple[int, int], ...] = HEADS,
+    shapes: Shapes | None = None,
 ) -> PrefillCase:
-    """Prefill batches of a few short sequences, with every kind of gate, step size, key and state."""
-    H, HV = draw(st.sampled_from(heads))
-    K, V = draw(st.sampled_from(HEAD_DIMS))
+    """Prefill batches of a few short sequences, with every kind of gate, step size, key and state.
+
+    Args:
+        dtypes: keys of `cases.DTYPES`.
+        max_num_seqs: N, at most.
+        max_length: tokens of a sequence, at most.
+        heads: H and HV to draw from.
+        shapes: H, HV, K and V to draw from. Default: any of `heads` with any of `HEAD_DIMS`.
+    """
+    if shapes is None:
+        H, HV, K, V = *draw(st.sampled_from(heads)), *draw(st.sampled_from(HEAD_DIMS))
+    else:
+        H, HV, K, V = draw(st.sampled_from(shapes))
     return PrefillCase(
         seq_lens=draw(sequence_lengths(max_num_seqs, max_length)),
         seed=draw(SEEDS),

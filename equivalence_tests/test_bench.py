@@ -7,21 +7,24 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from ascend_twin.cli import bench
+from ascend_twin.cli import bench, bench_native, prefill_batch
+from ascend_twin.cli.contest import Contest, Pair
 from ascend_twin.cli.main import app
 from ascend_twin.cli.peers import FLA_VERSION, load_fla_chunk_gated_delta_rule
 from ascend_twin.cli.traffic import PARTS
 from ascend_twin.equivalence_tests.cases import EquivalenceError
+from ascend_twin.equivalence_tests.devices import interprets
 from ascend_twin.equivalence_tests.scheduler_engines import OurEngine
 from ascend_twin.fixtures.record import Recorder, RecordSettings
 from ascend_twin.optimized.gdn import ChunkMetadataBuilder, open_device
-from ascend_twin.optimized.gdn.device import Device
+from ascend_twin.optimized.gdn.ascend_native import check_native_installed
+from ascend_twin.optimized.gdn.device import Device, LinalgDevice
 from ascend_twin.reference.errors import UnavailableError
 from ascend_twin.reference.gdn import chunk_gated_delta_rule
 from ascend_twin.scheduler.balance import BalanceScheduler
@@ -93,8 +96,8 @@ def test_turn_on_a_device_is_that_of_the_host_where_the_device_waits_for_it(
 def test_result_is_the_ratio_of_the_peer_to_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = iter(bench.Turn(x) for x in (1.0, 2.0, 1.0, 4.0, 1.0, 8.0))
     monkeypatch.setattr(bench, "_turn", lambda call, settle: next(turns))
-    pair = bench.Pair("ours", lambda: None, "peer", lambda: None)
-    result = bench._measure(bench.Contest("x", lambda: pair), 3, lambda: None, True, bench._turn)
+    pair = Pair("ours", lambda: None, "peer", lambda: None)
+    result = bench._measure(Contest("x", lambda: pair), 3, lambda: None, True, bench._turn)
     assert (result.ours, result.ours_ms, result.peer, result.peer_ms) == ("ours", 1e3, "peer", 4e3)
     assert result.ratio == (3.0, 4.0, 6.0)
     assert (result.our_host_ms, result.peer_host_ms) == (None, None)
@@ -102,9 +105,9 @@ def test_result_is_the_ratio_of_the_peer_to_ours(monkeypatch: pytest.MonkeyPatch
 
 def test_result_tells_the_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = iter([bench.Turn(1.0, 0.25), bench.Turn(2.0, 3.0)])
-    pair = bench.Pair("ours", lambda: None, "peer", lambda: None)
+    pair = Pair("ours", lambda: None, "peer", lambda: None)
     result = bench._measure(
-        bench.Contest("x", lambda: pair), 1, lambda: None, True, lambda call, settle: next(turns)
+        Contest("x", lambda: pair), 1, lambda: None, True, lambda call, settle: next(turns)
     )
     assert (result.our_host_ms, result.peer_host_ms) == (250.0, 3000.0)
     assert bench._time(result.ours_ms, result.our_host_ms) == "1e+03 ms, host 25%"
@@ -113,10 +116,10 @@ def test_result_tells_the_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_missing_peer_is_skipped_with_the_reason_unless_it_is_required() -> None:
-    def start() -> bench.Pair:
+    def start() -> Pair:
         raise UnavailableError("not here")
 
-    contest = bench.Contest("x", start)
+    contest = Contest("x", start)
     assert bench._measure(contest, 1, lambda: None, False, bench._turn).skipped == "not here"
     with pytest.raises(UnavailableError, match="not here"):
         bench._measure(contest, 1, lambda: None, True, bench._turn)
@@ -159,11 +162,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "H": 1,
         "HV": 2,
-        "D": 16,
         "DEVICE_TOKENS": (150,),
         "DEVICE_SEQUENCES": (1, 3),
     }.items():
         monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(prefill_batch, "D", 16)
 
 
 def fla_like(*inputs: torch.Tensor, scale_o: float = 1.0, **options: Any) -> tuple[torch.Tensor, Any]:
@@ -188,7 +191,7 @@ def test_contests_on_an_accelerator(device: str) -> None:
 
 
 def test_contest_without_fla_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_prefill", lambda *_: pytest.fail("made tensors"))
+    monkeypatch.setattr(bench, "prefill_batch", lambda *_: pytest.fail("made tensors"))
     monkeypatch.setattr(importlib.metadata, "version", _raise(importlib.metadata.PackageNotFoundError("x")))
     contest = bench._op_contest(open_device("cpu"), 1, 64, "fused", "fla-core")
     result = bench._measure(contest, 1, lambda: None, False, bench._turn)
@@ -271,12 +274,12 @@ def test_prebuilt_contest_builds_metadata_in_the_call_of_the_peer_alone(
 def test_prebuilt_contest_wants_the_same_bits(
     name: str, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def a_bit_off(batch: bench._Prefill, implementation: str) -> tuple[torch.Tensor, ...]:
+    def a_bit_off(batch: prefill_batch.PrefillBatch, implementation: str) -> tuple[torch.Tensor, ...]:
         results = batch.prebuilt(implementation)
         results[("o", "final_state").index(name)].view(-1)[0] += 1
         return results
 
-    monkeypatch.setattr(bench._Prefill, "on_the_spot", a_bit_off)
+    monkeypatch.setattr(prefill_batch.PrefillBatch, "on_the_spot", a_bit_off)
     with pytest.raises(EquivalenceError, match=f"^{name} differs with metadata that are built on the spot"):
         bench._prebuilt_contest(device, 3, 150, "fused").start()
 
@@ -328,6 +331,149 @@ def test_bench_on_an_accelerator(
         assert [r["ratio"][1] for r in report["results"]] == [2.0, 3.0]
         assert printed.count("host 25%") == 4
         assert max(map(len, printed.splitlines())) <= 140
+
+
+# On linalg. Where the tools are missing, the interpreter stands in for native code.
+
+
+class InterpretingLauncher:
+    """A `NativeLauncher` that interprets; `made` are all of them, with the folders of their caches."""
+
+    made: ClassVar[list["InterpretingLauncher"]]
+
+    def __init__(self, kernels: Any = None) -> None:
+        self.cache = kernels and kernels.cache
+        self.num_launches = 0
+        self.made.append(self)
+
+    def __call__(self, launch: Any) -> None:
+        self.num_launches += 1
+        bench_native._interpret(launch)
+
+
+@pytest.fixture
+def launchers(
+    device: Device, triton_runs: None, small: None, monkeypatch: pytest.MonkeyPatch
+) -> list[InterpretingLauncher]:
+    """All launchers that are made, in their order."""
+    if not interprets(device):
+        pytest.skip("on --device cpu alone")
+    from ascend_twin.optimized.gdn import native_launches
+
+    monkeypatch.setattr(InterpretingLauncher, "made", [], raising=False)
+    monkeypatch.setattr(native_launches, "NativeLauncher", InterpretingLauncher)
+    monkeypatch.setattr(bench_native, "NativeKernels", lambda cache: SimpleNamespace(cache=cache))
+    return InterpretingLauncher.made
+
+
+def test_contests_on_linalg_are_staged_and_fused_cached_and_first() -> None:
+    names = [contest.name for contest in bench.contests_on(LinalgDevice())]
+    assert len(names) == len(set(names)) == 10
+    for name in (
+        "native fused, cached, 256 tokens, H 1, HV 2, against the interpreter",
+        "native staged, first call, 128 tokens, H 16, HV 32, against the interpreter",
+        "native fused, cached, 2048 tokens, H 16, HV 32, against eager",
+    ):
+        assert name in names
+
+
+def test_bench_on_linalg_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_native, "check_native_installed", _raise(UnavailableError("no cc")))
+    monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("measured"))
+    result = CliRunner().invoke(app, ["bench", "--device", "linalg"])
+    assert (result.exit_code, result.output) == (2, "error: no cc\n")
+
+
+def test_cached_contest_interprets_in_the_turn_of_the_peer_alone(
+    launchers: list[InterpretingLauncher],
+) -> None:
+    pair = bench_native._interpreter_contest("fused", 70, 1, 2, is_first=False).start()
+    (native,) = launchers
+    assert native.num_launches == 3
+    pair.our_call()
+    pair.peer_call()
+    assert native.num_launches == 6
+    assert pair.our_settle is None
+
+
+def test_every_first_call_has_a_launcher_and_an_empty_cache_of_its_own(
+    launchers: list[InterpretingLauncher],
+) -> None:
+    pair = bench_native._interpreter_contest("fused", 70, 1, 2, is_first=True).start()
+    assert pair.our_settle
+    for call in (1, 2):
+        assert len(launchers) == 1 + call
+        assert launchers[-1].num_launches == 0
+        assert list(launchers[-1].cache.iterdir()) == []
+        pair.our_call()
+        assert launchers[-1].num_launches == 3
+        pair.our_settle()
+    assert len({launcher.cache for launcher in launchers}) == 4
+    assert [launcher.cache.exists() for launcher in launchers[1:]] == [False, False, True]
+
+
+def test_contest_against_eager_launches_in_our_turn_alone(
+    launchers: list[InterpretingLauncher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_native, "WHOLE_TOKENS", 3)
+    monkeypatch.setattr(bench_native, "H", 1)
+    monkeypatch.setattr(bench_native, "HV", 2)
+    pair = bench_native._eager_contest("fused").start()
+    pair.peer_call()
+    assert launchers[0].num_launches == 3
+    pair.our_call()
+    assert launchers[0].num_launches == 6
+
+
+@pytest.mark.parametrize("against", ["interpreted", "eager"])
+def test_native_results_that_differ_are_not_timed(
+    against: str, launchers: list[InterpretingLauncher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = getattr(bench_native._Turns, against)
+
+    def slightly_off(turns: bench_native._Turns) -> tuple[torch.Tensor, torch.Tensor]:
+        o, state = call(turns)
+        return o * 1.03, state
+
+    monkeypatch.setattr(bench_native._Turns, against, slightly_off)
+    monkeypatch.setattr(bench_native, "WHOLE_TOKENS", 3)
+    monkeypatch.setattr(bench_native, "H", 1)
+    monkeypatch.setattr(bench_native, "HV", 2)
+    contests = {
+        "interpreted": bench_native._interpreter_contest("fused", 70, 1, 2, is_first=False),
+        "eager": bench_native._eager_contest("fused"),
+    }
+    with pytest.raises(EquivalenceError, match="contenders do not compute the same: o: ratio"):
+        contests[against].start()
+
+
+@pytest.mark.usefixtures("triton_runs", "small")
+def test_bench_on_linalg(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not interprets(device):
+        pytest.skip("on --device cpu alone")
+    try:
+        check_native_installed()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    from ascend_twin.optimized.gdn.kernels import launch
+
+    monkeypatch.setenv("ASCEND_TWIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(launch, "_on_cpu", None)  # what the device sets for the process goes with the test
+    monkeypatch.setattr(bench, "TURN_SECONDS", 0.0)
+    contest = bench_native._interpreter_contest("fused", 70, 1, 2, is_first=False)
+    monkeypatch.setattr(bench, "NATIVE_CONTESTS", (contest,))
+    json_path = tmp_path / "x.json"
+    arguments = ["bench", "--device", "linalg", "--rounds", "1", "--json", str(json_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(json_path.read_text())
+    assert report["device"] == "linalg"
+    (measured,) = report["results"]
+    assert (measured["ours"], measured["peer"]) == ("native fused", "interpreted fused")
+    assert measured["ratio"][1] > 3
+    assert "1 threads, CPU" in result.output
+    assert "not timed on a CPU" not in result.output
+    assert max(map(len, result.output.splitlines())) <= 140
 
 
 def _raise(error: Exception) -> Any:

