@@ -5,6 +5,7 @@ Skipped where the tools of the extra `linalg` are not installed (`tox run -e asc
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from ascend_twin.optimized.gdn import ascend_native
 from ascend_twin.optimized.gdn.ascend_native import LoweringError, NativeKernels
 
 WHY_NOT = why_unusable("linalg") or ""
+PAGE = Path(__file__).parents[1] / "docs/linalg.md"
 
 SMALL = ("--device=linalg", "--head-dim-k=16", "--head-dim-v=16", "--cases=1", "--max-num-batched-tokens=96")
 CORNERS = ({"seq_lens": (0, 65, 1)}, {"seq_lens": (70, 64), "gates": "mixed"})
@@ -191,3 +193,11 @@ def test_verify_on_linalg_says_that_its_native_code_cannot_be_kept(
     result = run("verify", *SMALL)
     assert result.exit_code == 2
     assert "ASCEND_TWIN_CACHE names another folder" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the docs are in the repository alone")
+def test_code_of_the_page_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = r"```python\n(.*?)```\n\n```text\n(.*?)```"
+    ((code, said),) = re.findall(pattern, PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "a page"})
+    assert capsys.readouterr().out == said

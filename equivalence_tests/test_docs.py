@@ -25,7 +25,13 @@ PAGES = sorted(
 COMMANDS = vars(typer.main.get_command(app))["commands"]
 TYPED = [(page, line) for page in PAGES for line in lines_of_page((ROOT / page).read_text(encoding="utf-8"))]
 
-RUN_ELSEWHERE = {"docs/balance.md", "docs/compiler_differences.md", "docs/cost.md", "docs/simulation.md"}
+RUN_ELSEWHERE = {
+    "docs/balance.md",
+    "docs/compiler_differences.md",
+    "docs/cost.md",
+    "docs/linalg.md",
+    "docs/simulation.md",
+}
 """Pages whose code is run by the tests of what they are about."""
 
 OF_VLLM = {"docs/scheduler.md"}
