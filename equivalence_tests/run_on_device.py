@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns: the exit status: pytest's, or 0 (with ``--require`` 1) where the device is not usable.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {SUITES}.run_on_device", allow_abbrev=False)
-    parser.add_argument("device", choices=("npu", "cuda"))
+    parser.add_argument("device", choices=("npu", "cuda", "linalg"))
     parser.add_argument("--require", action="store_true", help="exit 1, not 0, without the device")
     options, pytest_options = parser.parse_known_args(argv)
 

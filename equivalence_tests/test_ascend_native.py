@@ -192,7 +192,7 @@ def test_kernel_that_differs_from_what_its_name_imports_is_refused(
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     file = tmp_path / "changing_kernel.py"
     file.write_text(VALUE.format(1))
-    module = importlib.import_module("changing_kernel")
+    module: Any = importlib.import_module("changing_kernel")
     launcher = NativeLauncher(NativeKernels(tmp_path / "cache"))
 
     def value_of(kernel: Any) -> float:

@@ -181,11 +181,12 @@ def _type_of(value: Any) -> str:
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, numbers.Integral):
-        if not -(2**63) <= value < 2**64:
-            invalid_argument("number of a kernel", value, "-2**63 to 2**64 - 1")
-        if -(2**31) <= value < 2**31:
+        whole = int(value)
+        if not -(2**63) <= whole < 2**64:
+            invalid_argument("number of a kernel", whole, "-2**63 to 2**64 - 1")
+        if -(2**31) <= whole < 2**31:
             return "i32"
-        return "i64" if value < 2**63 else "u64"
+        return "i64" if whole < 2**63 else "u64"
     if isinstance(value, numbers.Real):
         return "fp32"
     invalid_argument("argument of a kernel", type(value).__name__, "tensors, numbers, bool, None")
@@ -290,6 +291,7 @@ def linalg_of(variant: Variant) -> tuple[str, str, str]:
 def _kernel_of(variant: Variant) -> Any:
     """The kernel that has the variant's name in this process."""
     module, _, name = variant.kernel.partition(":")
+    importlib.invalidate_caches()  # of folders: a module may have come since
     try:
         kernel = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -391,6 +393,7 @@ class CompilerProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
+            pickle.dump(sys.path, self._process.stdin)  # first: by it the function is found
             pickle.dump((function, args), self._process.stdin)
             self._process.stdin.flush()
             succeeded, answer = pickle.load(self._process.stdout)
@@ -410,6 +413,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what others print must not get among the answers
     while True:
         try:
+            sys.path[:] = pickle.load(sys.stdin.buffer)
             function, args = pickle.load(sys.stdin.buffer)
         except EOFError:
             return

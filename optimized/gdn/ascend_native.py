@@ -198,7 +198,8 @@ os.register_at_fork(
 
 
 def _linalg(kernel: Any, variant: Variant) -> str:
-    wanted, found = kernel_identity(kernel), ""
+    wanted = kernel_identity(kernel)
+    linalg = said = found = ""
     with one_at_a_time:
         for _ in range(2):  # a process that imported the kernel before it was changed gives way to a new one
             front_end = _front_end(os.getpid())

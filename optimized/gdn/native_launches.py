@@ -2,21 +2,25 @@
 
 Native code gets real pointers. Each tensor of a launch is copied between redzones, which together with the
 gaps of a strided tensor are filled with a pattern: a NaN, or an integer that indexes nothing. What is read
-there spoils the result, what is written there is found, and what lies beyond all memory is caught. In a
+there spoils the result, what is written there is found. Behind them no memory is mapped, for as far as an
+index of 32 bits leads: to touch that is caught. In a
 process that was started with the address sanitizer what is read there is found, too, whatever becomes of it.
 """
 
 import ctypes
+import mmap
 import numbers
+import os
 import signal
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from ...reference.errors import AscendTwinError, invalid_argument
+from ...reference.errors import AscendTwinError, UnavailableError, invalid_argument
 from .address_sanitizer import Report, loaded_sanitizer
 from .ascend_front_end import arguments_of, variant_of
 from .ascend_native import NativeKernels, line_of, one_at_a_time
@@ -28,9 +32,11 @@ from .kernels.launch import Launch
 # far off that as an index they lead to no memory.
 _NANS = {2: 0x7F81, 4: 0x7FA5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
 _NO_INDICES = {1: -0x5B, 2: -0x5A5B, 4: -0x7F5A5A5B, 8: -0x7F5A5A5A5A5A5A5B}
+_libc = ctypes.CDLL(None, use_errno=True)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SMALLEST_ZONE, _LARGEST_ZONE = 2**12, 2**16  # elements; a row, where that is more
+_SMALLEST_ZONE, _LARGEST_ZONE = 2**12, 2**14  # elements; a row, where that is more
 _ROWS_IN_ZONE = 80  # a chunk, and more
+_NOWHERE = 2**34  # bytes of addresses on either side that lead nowhere: what 32 bits can count of 4 bytes
 
 
 class StrayAccessError(AscendTwinError, IndexError):
@@ -61,7 +67,7 @@ class _Guarded:
         self._zone = min(max(_SMALLEST_ZONE, _ROWS_IN_ZONE * row), max(row, _LARGEST_ZONE))
         last = sum((n - 1) * stride for n, stride in zip(bits.shape, bits.stride(), strict=True))
         self.size = last + 1 if bits.numel() else 0
-        self._memory = torch.empty(self.size + 2 * self._zone, dtype=bits.dtype, device="cpu")
+        self._area, self._memory = _reserved(self.size + 2 * self._zone, bits.dtype)
         self._inside = self._memory.as_strided(bits.shape, bits.stride(), self._zone)
         zones = self._memory[: self._zone], self._memory[self._zone + self.size :]
         self._outside = zones if bits.numel() == self.size else (self._memory,)
@@ -137,6 +143,23 @@ class _Guarded:
         return self._memory.data_ptr() + element * self.itemsize
 
 
+def _reserved(size: int, dtype: torch.dtype) -> tuple[mmap.mmap, torch.Tensor]:
+    """Memory `[size]` amid addresses that lead nowhere, and what holds it as long as it lives."""
+    num_bytes = -(-size * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+    try:
+        area = mmap.mmap(-1, num_bytes + 2 * _NOWHERE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
+        start = np.frombuffer(area, np.uint8).ctypes.data + _NOWHERE
+        readable = mmap.PROT_READ | mmap.PROT_WRITE
+        if _libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(num_bytes), readable):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except OSError as error:
+        raise UnavailableError(
+            f"no memory of {num_bytes} bytes amid {2 * _NOWHERE >> 30} GiB of addresses can be had: {error} "
+            f"(ulimit -v?)"
+        ) from error
+    return area, torch.frombuffer((ctypes.c_char * num_bytes).from_address(start), dtype=dtype, count=size)
+
+
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
     """The bits of a tensor; what repeats along a dimension, once."""
     bits = tensor.detach().view(_INTEGERS[tensor.itemsize])
@@ -169,6 +192,7 @@ class NativeLauncher:
             StrayAccessError: where it touches memory outside its tensors; they then hold what it has written.
             AscendTwinError: where it divides an integer by zero, which an x86-64 CPU does not.
             InvalidArgumentError: where it writes to a tensor that has a part of another one.
+            UnavailableError: where memory cannot be had.
         """
         variant = variant_of(launch)
         with one_at_a_time:  # its handlers of signals are those of the process
