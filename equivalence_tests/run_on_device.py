@@ -1,4 +1,4 @@
-"""Run the suites on an accelerator.
+"""Run the suites on an accelerator, or on native code of what the Ascend compiler makes (`linalg`).
 
     python -m ascend_twin.equivalence_tests.run_on_device npu [--require] [pytest options]
 

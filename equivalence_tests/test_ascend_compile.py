@@ -6,6 +6,7 @@ compiler's output, the table of models and the errors are tested everywhere.
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -30,7 +32,7 @@ from ascend_twin.optimized.gdn.ascend_compile import (
     overflows,
     planned_bytes,
 )
-from ascend_twin.optimized.gdn.ascend_front_end import TARGETS, Variant, variant_of
+from ascend_twin.optimized.gdn.ascend_front_end import TARGETS, Variant, arguments_of, variant_of
 from ascend_twin.optimized.gdn.models import MODELS, TENSOR_PARALLEL_SIZES, Shape
 from ascend_twin.reference.errors import AscendTwinError, InvalidArgumentError, UnavailableError
 
@@ -242,6 +244,52 @@ def test_variant_is_not_specialised_for_what_the_kernel_excludes(
 def test_variants_differ_where_triton_compiles_them_apart() -> None:
     ones = [variant_of(launch({}, {"X": value})) for value in (1, True, 1.0)]
     assert len({variant.key for variant in ones}) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (np.float32(0.5), "fp32"), (np.float64(2), "fp32"), (np.int64(7), "i32"), (np.int64(2**40), "i64"),
+        (2**63, "u64"), (False, "i1"), (torch.zeros(3, dtype=torch.bool), "*i1"),
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_have_the_types_of_pythons(value: Any, kind: str) -> None:
+    assert variant_of(launch({"x": value}, {})).signature == (("x", kind),)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            torch.zeros(3, dtype=torch.complex64),
+            "dtype of a kernel's tensor is torch.complex64; allowed: torch",
+        ),
+        (np.zeros(3), "argument of a kernel is ndarray; allowed: tensors, numbers, bool, None"),
+        (2**64, "number of a kernel is 18446744073709551616; allowed: "),
+        (-(2**63) - 1, "number of a kernel is -9223372036854775809; allowed: "),
+    ],
+)
+def test_variant_names_an_argument_that_no_kernel_takes(value: Any, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=re.escape(message)):
+        variant_of(launch({"x": value}, {}))
+
+
+def test_arguments_are_those_of_the_launch_and_then_the_defaults() -> None:
+    made_up = launch({"x": None, "n": 3}, {})
+    made_up.kernel.signature = inspect.signature(lambda x, n, scale=0.5: None)
+    made_up.kernel.params.append(parameter(2, "scale"))
+    assert arguments_of(made_up) == {"x": None, "n": 3, "scale": 0.5}
+    assert ("scale", "fp32") in variant_of(made_up).signature
+    made_up.arguments["scale"] = 2.0
+    assert arguments_of(made_up) == {"x": None, "n": 3, "scale": 2.0}
+    del made_up.arguments["n"]
+    with pytest.raises(InvalidArgumentError, match="f: missing a required argument: 'n'"):
+        variant_of(made_up)
+
+
+def test_what_is_no_kernel_is_refused_by_its_type() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"kernel is function; allowed: what triton\.jit makes"):
+        variant_of(SimpleNamespace(kernel=parameter, arguments={}, constants={}))
 
 
 @needs_compiler

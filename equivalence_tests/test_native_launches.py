@@ -264,6 +264,29 @@ def test_numbers_reach_native_code_as_float32_or_whole(number: float, bits: int)
     assert _bits_of(number) == bits
 
 
+@pytest.mark.parametrize(
+    ("num_programs", "x", "message"),
+    [
+        (-1, torch.zeros(N), r"num_programs is -1; allowed: 0 to 2\*\*30"),
+        (2**40, torch.zeros(N), "num_programs is 1099511627776; allowed"),
+        ((3,), torch.zeros(N), r"num_programs is \(3,\); allowed"),
+        (1, torch.zeros(N, device="meta"), r"x is a tensor on meta, torch.strided; allowed: on the CPU"),
+        (1, torch.zeros(N).to_sparse(), r"x is a tensor on cpu, torch.sparse_coo; allowed: on the CPU"),
+    ],
+)
+def test_launch_that_cannot_be_is_refused_before_it_is_compiled(
+    num_programs: Any,
+    x: torch.Tensor,
+    message: str,
+    launcher: NativeLauncher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launcher, "kernels", None)
+    arguments = {"x": x, "y": torch.zeros(N), "n": N, "m": N, "stride_x": 1, "stride_y": 1}
+    with pytest.raises(InvalidArgumentError, match=message):
+        launcher(Launch(native_kernels.copy_kernel, num_programs, arguments, {"BT": 32}))
+
+
 # Masks of the op's kernels
 
 CASE = PrefillCase((70,), H=1, HV=2, K=16, V=24, dtype="bfloat16")

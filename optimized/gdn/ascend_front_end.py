@@ -30,7 +30,7 @@ from unittest import mock
 
 import torch
 
-from ...reference.errors import AscendTwinError, UnavailableError, invalid_argument
+from ...reference.errors import AscendTwinError, InvalidArgumentError, UnavailableError, invalid_argument
 from .kernel_identity import kernel_identity
 from .models import Shape
 
@@ -124,6 +124,9 @@ def variant_of(launch: Any) -> Variant:
 
     Args:
         launch: a `kernels.launch.Launch`.
+
+    Raises:
+        InvalidArgumentError: where Triton has no type for an argument, or as `arguments_of` does.
     """
     kernel, values = _as_compiled(launch.kernel), {**launch.arguments, **launch.constants}
     names, given = {p.name for p in kernel.params}, arguments_of(launch)
@@ -149,10 +152,17 @@ def variant_of(launch: Any) -> Variant:
 
 
 def arguments_of(launch: Any) -> dict[str, Any]:
-    """The value of each parameter of a recorded launch, defaults included."""
+    """The value of each parameter of a recorded launch, defaults included.
+
+    Raises:
+        InvalidArgumentError: where its kernel is none, or a parameter has no value.
+    """
     kernel, values = _as_compiled(launch.kernel), {**launch.arguments, **launch.constants}
     names = {p.name for p in kernel.params}
-    bound = kernel.signature.bind(**{n: value for n, value in values.items() if n in names})
+    try:
+        bound = kernel.signature.bind(**{n: value for n, value in values.items() if n in names})
+    except TypeError as error:
+        raise InvalidArgumentError(f"{kernel.__name__}: {error}") from error
     bound.apply_defaults()
     return bound.arguments
 
@@ -161,6 +171,8 @@ def _as_compiled(kernel: Any) -> Any:
     """A kernel as `triton.jit` makes it where it compiles, also where it interprets."""
     if hasattr(kernel, "params"):
         return kernel
+    if not hasattr(kernel, "rewriter"):
+        invalid_argument("kernel", type(kernel).__name__, "what triton.jit makes, with no other decorator")
     return _compiled_twin(kernel)
 
 

@@ -191,9 +191,11 @@ class NativeLauncher:
             LoweringError: where the kernel does not lower.
             StrayAccessError: where it touches memory outside its tensors; they then hold what it has written.
             AscendTwinError: where it divides an integer by zero, which an x86-64 CPU does not.
-            InvalidArgumentError: where it writes to a tensor that has a part of another one.
+            InvalidArgumentError: where an argument is none that a kernel takes on the CPU, or it writes to a
+                tensor that has a part of another one.
             UnavailableError: where memory cannot be had.
         """
+        _check(launch)
         variant = variant_of(launch)
         with one_at_a_time:  # its handlers of signals are those of the process
             key = kernel_identity(launch.kernel), variant.key
@@ -203,6 +205,15 @@ class NativeLauncher:
             constants, given = dict(variant.constants), arguments_of(launch)
             values = {n: given[n] for n, _ in variant.signature if n not in constants}
             _run(launch, run, values)
+
+
+def _check(launch: Launch) -> None:
+    num_programs = launch.num_programs
+    if not isinstance(num_programs, int) or not 0 <= num_programs <= 2**30:
+        invalid_argument("num_programs", num_programs, "0 to 2**30")
+    for name, value in launch.arguments.items():
+        if isinstance(value, torch.Tensor) and (value.device.type, value.layout) != ("cpu", torch.strided):
+            invalid_argument(name, f"a tensor on {value.device}, {value.layout}", "on the CPU, torch.strided")
 
 
 def _load(library: Path) -> Any:
