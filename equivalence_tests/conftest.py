@@ -1,6 +1,7 @@
 """Hypothesis profiles, the device the suites run on, and Triton's interpreter where that is the CPU."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -37,7 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a CPU the kernels are interpreted, which must be known before Triton is imported."""
+    """On a CPU the kernels are interpreted, which must be known before Triton is imported.
+
+    A shell makes what it runs in the background ignore SIGINT, and so would do all that tests start and stop.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for marker, versions in _VLLM_MARKERS.items():
         config.addinivalue_line("markers", f"{marker}: needs vLLM {' or '.join(versions)}")
     config.stash[_NO_TRITON] = None
