@@ -42,7 +42,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..equivalence_tests import installed_vllm
@@ -90,6 +89,7 @@ from .prefill_batch import (
     random_seq_lens,
     random_tensors,
 )
+from .progress import progress
 from .traffic import PARTS, SCHEMES, Batch, bytes_per_token, state_bytes
 
 TURN_SECONDS = 0.25
@@ -154,6 +154,7 @@ def run_bench(
         UnavailableError: when the device cannot be used; when `require` is set and the peer of a contest is
             missing, once its turn comes.
         EquivalenceError: when contenders do not compute the same.
+        typer.Exit: with status 130 when it is interrupted; one line on stderr says how far it came.
     """
     opened = open_linalg() if device == "linalg" else open_device(device)
     all_contests = contests_on(opened)
@@ -170,11 +171,10 @@ def run_bench(
         torch.set_num_threads(threads)
     turn, device_name = _turn_on(opened)
     results = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(contests) * rounds)
+    with progress("rounds", len(contests) * rounds) as advance:
         for contest in contests:
-            progress.update(task, description=contest.name)
-            results.append(_measure(contest, rounds, lambda: progress.advance(task), require, turn))
+            advance(0, contest.name)
+            results.append(_measure(contest, rounds, lambda: advance(1), require, turn))
     _print(results, device_name)
     if json_path is not None:
         report = {
@@ -194,7 +194,7 @@ def run_bench(
 def _measure(
     contest: Contest,
     rounds: int,
-    advance: Callable[[], None],
+    advance: Callable[[], object],
     require: bool,
     turn: Callable[..., Turn],
 ) -> Result:

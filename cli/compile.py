@@ -27,7 +27,6 @@ from typing import Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -40,6 +39,7 @@ from ..reference.errors import invalid_argument
 from ..reference.gdn.inputs import check_choice
 from .compile_report import compile_junit, compile_report, memory_plot
 from .output_files import check_apart, write_atomically
+from .progress import progress
 from .result_files import result_files, write_result
 
 
@@ -153,6 +153,7 @@ def run_compile(options: Options) -> int:
     Raises:
         InvalidArgumentError: for wrong input, before anything is compiled.
         UnavailableError: where the compilers are not installed.
+        typer.Exit: with status 130 when it is interrupted; one line on stderr says how far it came.
     """
     start = time.perf_counter()
     options = _check(options)
@@ -224,11 +225,10 @@ def plan(pool: CompilerPool, options: Options) -> list[Job]:
 def _compile(pool: CompilerPool, jobs: Sequence[Job], targets: Sequence[str]) -> list[Outcome]:
     """Outcomes in the order of `jobs` and `targets`."""
     found: dict[str, list[Compiled]] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=len(jobs))
+    with progress("variants", len(jobs)) as advance:
         for variant, results in pool.compile((job.variant for job in jobs), targets):
             found[variant.key] = results
-            progress.update(task, advance=1, description=variant.name)
+            advance(1, variant.name)
     return [Outcome(job, compiled) for job in jobs for compiled in found[job.variant.key]]
 
 

@@ -18,7 +18,7 @@ _WORKLOAD, _OP, _OUTPUT = "Workload", "Op", "Output"
 
 
 class _Commands(TyperGroup):
-    """Commands that turn an error of the package into one line on stderr and exit status 2."""
+    """Commands of which an error is one line on stderr and exit status 2, an interrupt one line and 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -33,6 +33,9 @@ class _Commands(TyperGroup):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             typer.echo(f"error: cannot write the output: {error.strerror}", err=True)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -175,7 +178,7 @@ def verify(
     staged and fused are Triton kernels. On cpu they run in Triton's interpreter, some thousand times slower
     than on a device; there the default shape has fewer heads and tokens. linalg is the CPU, too, with native
     code of what the Ascend compiler makes of them: does it change what they compute? It takes the tools of
-    ascend-twin[linalg], and checks five times as many batches in the same time.
+    ascend-twin[linalg], and checks more than five times as many batches in the same time.
 
     --suite scheduler: does the plain statement of vLLM 0.17.0's scheduler hold its invariants, and does every
     request say what it must, over random runs in which everything happens: preemption, prefix hits, drafts,
@@ -244,7 +247,9 @@ def _refuse_options_without_effect(ctx: typer.Context, suite: str) -> None:
     given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     for name in given:
         if name not in suites[suite]:
-            invalid_argument("--suite", suite, f"another one with --{name.replace('_', '-')}")
+            allowed = "only together" if name in scheduler else "not together"
+            option = f"--{name.replace('_', '-')}"
+            invalid_argument(option, ctx.params[name], f"{allowed} with --suite scheduler")
     if suite == "scheduler":
         of_random_runs = {"profile", "cases", "seed", "failures"}
         for run, others in (("trace", of_random_runs | {"scenario"}), ("scenario", of_random_runs)):
@@ -363,7 +368,7 @@ def bench(
     ] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 9,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of PyTorch. Default: one a core.")
+        int | None, typer.Option(min=1, max=1024, help="Threads of PyTorch. Default: one a core.")
     ] = None,
     require_peers: Annotated[
         bool, typer.Option("--require-peers", help="A peer that is not installed is an error.")
@@ -405,7 +410,7 @@ def bench(
     tox run -e bench-peers -- --json result.json
 
     Exit status: 0 measured (whatever the figures); 2 the input is wrong, the device is not there, or
-    contenders do not compute the same, said in one line.
+    contenders do not compute the same, said in one line; 130 it was interrupted.
     """
     from .bench import run_bench
 
@@ -686,7 +691,7 @@ def compile_kernels(
     ascend-twin compile --html report.html --junit junit.xml
 
     Exit status: 0 everything fits; 1 something does not, and the compiler's message is printed; 2 the input
-    is wrong or the compilers are not installed, said in one line.
+    is wrong or the compilers are not installed, said in one line; 130 it was interrupted.
     """
     from .compile import Options, run_compile
 

@@ -34,7 +34,6 @@ from typing import Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -61,13 +60,14 @@ from ..scheduler.prefill_steps import PrefillStep, prefill_steps
 from ..scheduler.traces import generate_requests, read_trace
 from .compiling import says_when_compiling
 from .output_files import check_apart, check_folder
+from .progress import progress
 from .report import command_line
 from .result_files import result_files, write_result
 from .verify_report import verify_junit, verify_report
 
 # Steps of the workload, and the seed; None is a fresh one.
 PROFILES: dict[str, tuple[int, int | None]] = {"dev": (10, 0), "ci": (30, 0), "nightly": (300, None)}
-STEPS_ON_LINALG = 6
+STEPS_ON_LINALG = 7
 """So many times these steps on linalg, in the time that the interpreter takes for them."""
 
 NUM_GENERATED_REQUESTS = 256
@@ -86,6 +86,7 @@ CORNERS: tuple[dict[str, Any], ...] = (
     {"seq_lens": (130, 64), "gates": "forget", "initial_state": False, "V": 32},
     {"seq_lens": (1100, 0, 1)},
     {"seq_lens": (65, 0, 127), "gates": "steep", "initial_state": (False, True, True)},
+    {"seq_lens": (65, 2, 70), "H": 2, "HV": 4, "K": 16, "V": 16},
 )
 SMALL_DIMS = (16, 16)
 """K and V of the corners, so that they cost little."""
@@ -206,14 +207,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything that a run needs, checked."""
+    """Everything that a run needs, checked; one builder, by HV, for all batches that have it."""
 
     options: Options
     device: Device
     cases: list[PrefillCase]
     num_corners: int
     num_steps: int
-    builder: ChunkMetadataBuilder
+    builders: dict[int, ChunkMetadataBuilder]
 
     @property
     def workload(self) -> str:
@@ -265,6 +266,7 @@ def run_verify(options: Options) -> int:
     Raises:
         InvalidArgumentError, TraceError, UnavailableError: for wrong input, before anything is computed.
         LoweringError: for a kernel that there is no native code of.
+        typer.Exit: with status 130 when it is interrupted; one line on stderr says how far it came.
     """
     start = time.perf_counter()
     plan = _prepare(options)
@@ -372,8 +374,11 @@ def _prepare(options: Options) -> _Plan:
         )
         for step in steps
     ]
-    builder = ChunkMetadataBuilder(device, *_capacity(*cases), options.HV)
-    return _Plan(options, device, cases, len(corners), num_steps, builder)
+    builders = {
+        HV: ChunkMetadataBuilder(device, *_capacity(*(c for c in cases if c.HV == HV)), HV)
+        for HV in {case.HV for case in cases}
+    }
+    return _Plan(options, device, cases, len(corners), num_steps, builders)
 
 
 def _headline(plan: _Plan) -> str:
@@ -394,12 +399,16 @@ def _check_all(plan: _Plan) -> tuple[list[Suite], list[Batch]]:
     metadata, reference, o, final_state = suites = [
         Suite(name) for name in ("metadata", "reference", "o", "final_state")
     ]
-    batches = []
-    stderr = Console(stderr=True)
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        for batch, case in enumerate(progress.track(plan.cases, description="batches")):
+    batches: list[Batch] = []
+
+    def so_far() -> str:
+        differ = sum(bool(batch.message) for batch in batches)
+        return f"; {differ} of them differ" if differ else "; nothing was wrong so far"
+
+    with progress("batches", len(plan.cases), so_far) as advance:
+        for batch, case in enumerate(plan.cases):
             start = time.perf_counter()
-            outcome = _check(plan, case, plan.builder)
+            outcome = _check(plan, case, plan.builders[case.HV])
             if isinstance(outcome, Outcome):
                 metadata.add(batch, problems=outcome.metadata_differences)
                 if not outcome.metadata_differences:  # else nothing was computed
@@ -410,6 +419,7 @@ def _check_all(plan: _Plan) -> tuple[list[Suite], list[Batch]]:
                 o.add(batch, problems=[_in_words(outcome)])
             message = "" if _passed(outcome) else _in_words(outcome)
             batches.append(Batch(case, message, _usages(outcome), time.perf_counter() - start))
+            advance(1)
     return suites, batches
 
 
@@ -486,8 +496,10 @@ def _smallest_failure(plan: _Plan, failures: list[PrefillCase]) -> dict[str, Any
 def _save(options: Options, case: PrefillCase, outcome: Outcome | Exception) -> Path | None:
     """The failing case as a fixture; None where it cannot be written: its code is printed all the same."""
     fixture = outcome.fixture if isinstance(outcome, Outcome) else recorded_case(case, options.implementation)
+    device = options.device.replace(":", "_")
+    name = f"gdn_{options.implementation}_{device}_{options.dtype}_seed_{options.seed}"
     try:
-        return save_fixture(f"gdn_seed_{options.seed}", fixture, options.failures) if fixture else None
+        return save_fixture(name, fixture, options.failures) if fixture else None
     except OSError as error:
         typer.echo(f"the failing batch cannot be saved in {options.failures}: {error.strerror}", err=True)
         return None

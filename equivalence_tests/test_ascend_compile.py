@@ -196,7 +196,7 @@ def test_an_unforeseen_failure_shows_the_last_lines() -> None:
 
 def parameter(num: int, name: str, **attributes: Any) -> SimpleNamespace:
     defaults = {"is_constexpr": False, "do_not_specialize": False, "do_not_specialize_on_alignment": False}
-    return SimpleNamespace(num=num, name=name, **{**defaults, **attributes})
+    return SimpleNamespace(num=num, name=name, **{"annotation_type": "", **defaults, **attributes})
 
 
 def launch(arguments: dict[str, Any], constants: dict[str, Any], **attributes: Any) -> SimpleNamespace:
@@ -272,6 +272,22 @@ def test_numbers_of_numpy_have_the_types_of_pythons(value: Any, kind: str) -> No
 def test_variant_names_an_argument_that_no_kernel_takes(value: Any, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=re.escape(message)):
         variant_of(launch({"x": value}, {}))
+
+
+@pytest.mark.parametrize(
+    ("annotated", "value", "kind"),
+    [("i64", 5, "i64"), ("u8", 255, "u8"), ("i64", True, "i64"), ("i64", None, "*i8"), ("i328)", 5, "i32")],
+)
+def test_integers_have_the_type_that_a_parameter_is_annotated_with(
+    annotated: str, value: Any, kind: str
+) -> None:
+    assert variant_of(launch({"x": value}, {}, annotation_type=annotated)).signature == (("x", kind),)
+
+
+@pytest.mark.parametrize(("annotated", "value"), [("i8", 128), ("u8", -1), ("i32", 2**31), ("i64", 0.5)])
+def test_number_that_its_annotation_excludes_is_refused(annotated: str, value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"x is {value}; allowed: .* annotated as {annotated}"):
+        variant_of(launch({"x": value}, {}, annotation_type=annotated))
 
 
 def test_arguments_are_those_of_the_launch_and_then_the_defaults() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,69 @@ def test_library_is_called_by_all_that_it_depends_on(
     assert len(set(others.values())) == len(others)
 
 
+NAMES = """
+import enum
+import types
+import numpy as np
+import triton
+import triton.language as tl
+
+exp = tl.exp
+
+@triton.jit
+def one(x):
+    return x + 1.0
+
+@triton.jit
+def two(x):
+    return x + 2.0
+
+used = one
+
+def number():
+    return 3.0
+
+class Class:
+    SCALE = 4.0
+
+class Mode(enum.IntEnum):
+    SLOW = 5
+
+class Object:
+    def __init__(self, size):
+        self.size = size
+
+BOTH = tl.constexpr((one, 1))
+LOCAL = tl.constexpr(Class)
+TABLE = np.arange(2000.0)
+made = types.SimpleNamespace(it=Object(6))
+sizes = {"first": [7]}
+
+@triton.jit
+def kernel(x, y):
+    n: tl.constexpr = 100000
+    v = used(exp(tl.load(x))) + one(number()) + two(LOCAL.SCALE) + Mode.SLOW.value + made.it.size + n * n
+    tl.store(y, BOTH[0](v) + getattr(Class, "MORE") + TABLE[1000] + sizes["first"][0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("exp = tl.exp", "exp = tl.exp2"), ("used = one", "used = two"), ("return 3.0", "return 3.5"),
+        ("SCALE = 4.0", "SCALE = 4.5"), ("SLOW = 5", "SLOW = 6"), ("Object(6)", "Object(7)"),
+        ("(one, 1)", "(two, 1)"), ("constexpr(Class)", "constexpr(Object)"), ("2000.0)", "2000.0) // 2"),
+        ("[7]", "[8]"), ("SCALE = 4.0", "SCALE = 4.0; MORE = 1"), ("n: tl.constexpr = 1", "n = 1"),
+    ],
+)  # fmt: skip
+def test_library_is_called_by_what_each_name_of_a_kernel_means(
+    old: str, new: str, name_of: Callable[..., str]
+) -> None:
+    assert NAMES.count(old) == 1
+    assert name_of(NAMES) == name_of(NAMES)
+    assert name_of(NAMES) != name_of(NAMES.replace(old, new))
+
+
 FACTORY = """
 import triton
 import triton.language as tl
@@ -282,6 +346,17 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_tools
+def test_compilers_that_are_wrong_otherwise_have_libraries_of_their_own(tmp_path: Path) -> None:
+    """The process keeps what it loaded under a path."""
+    for offset in (1, 7, 3):
+        kernels = NativeKernels(tmp_path, edit=lambda _, linalg, n=offset: linalg.replace("3.0", f"{n}.0"))
+        x, y = torch.zeros(16), torch.zeros(16)
+        call(NativeLauncher(kernels), native_kernels.shift_kernel, x, y, BT=16)
+        assert y.unique().tolist() == [offset]
+        shutil.rmtree(tmp_path)
+
+
+@needs_tools
 def test_fork_lowers_in_a_process_of_its_own(tmp_path: Path) -> None:
     shift(NativeKernels(tmp_path / "before"))
     processes = ascend_native._front_end.cache_info().currsize
@@ -298,11 +373,12 @@ def test_fork_lowers_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_processes_that_compile_the_same_at_once_leave_one_whole_library(
     lowered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait, go = os.pipe()
+    (wait, go), (count, built) = os.pipe(), os.pipe()
     build = ascend_native._build
 
     def build_together(*args: Any, **options: Any) -> Path:
         library = build(*args, **options)
+        os.write(built, b".")
         os.read(wait, 1)  # until all have built
         return library
 
@@ -314,8 +390,8 @@ def test_processes_that_compile_the_same_at_once_leave_one_whole_library(
         assert kernels.num_compiled == 1
 
     def let_them_go() -> None:
-        while len([name for name in files(tmp_path) if name.startswith(".compiling-")]) < 3:
-            pass
+        for _ in range(3):
+            os.read(count, 1)
         os.write(go, b"...")
 
     assert in_forks([compile_it, compile_it, compile_it, let_them_go]) == [0] * 4
@@ -331,10 +407,10 @@ def test_killed_compilation_leaves_nothing_that_is_taken_for_a_library(
     lowered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(ascend_native, "_seal", lambda library, name: os.kill(os.getpid(), signal.SIGKILL))
+        patched.setattr(ascend_native, "_sealed", lambda content, name: os.kill(os.getpid(), signal.SIGKILL))
         assert in_forks([lambda: shift(NativeKernels(tmp_path))]) == [signal.SIGKILL]
     (left,) = files(tmp_path)
-    assert "kernel.so" in files(tmp_path / left)
+    assert left.startswith(".keeping-")
     kernels = NativeKernels(tmp_path)
     shift(kernels)
     assert kernels.num_compiled == 1

@@ -6,16 +6,21 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from ascend_twin.cli import bench
+from ascend_twin.cli.contest import Contest
 from ascend_twin.cli.main import app
+from ascend_twin.cli.progress import progress
 from ascend_twin.cli.verify import CORNERS, Options, options_with_defaults, sample_steps
 from ascend_twin.equivalence_tests import cases
 from ascend_twin.optimized.gdn import IMPLEMENTATIONS, ChunkMetadata, ChunkMetadataBuilder
@@ -181,6 +186,24 @@ def test_verify_takes_a_fresh_seed_and_prints_it_when_nightly(monkeypatch: pytes
     assert len(seeds) == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [((), [2, 4]), (("--num-heads=2", "--num-value-heads=4"), [4])]
+)
+def test_verify_has_one_builder_for_all_batches_with_as_many_value_heads(
+    arguments: tuple[str, ...], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+
+    class Counted(ChunkMetadataBuilder):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            built.append(args[-1])
+
+    monkeypatch.setattr("ascend_twin.cli.verify.ChunkMetadataBuilder", Counted)
+    assert _verify(*arguments)[0] == 0
+    assert sorted(built) == expected
+
+
 def test_verify_computes_the_truth_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     recurrent = recurrent_gated_delta_rule
@@ -267,6 +290,25 @@ def _forgets_the_state(*args: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor
     return eager_chunk_gated_delta_rule(*args, **{**kwargs, "initial_state": None})
 
 
+def test_verify_of_one_head_finds_that_heads_are_tiled_instead_of_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With H 1, to which kernels on a CPU default, both are the same."""
+
+    def tiles(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        times = v.shape[2] // q.shape[2]
+        q, k = (x.repeat(1, 1, times, 1) for x in (q, k))
+        return eager_chunk_gated_delta_rule(q, k, v, *rest, **options)
+
+    _install(monkeypatch, tiles)
+    result = _result(json_file=tmp_path / "result.json")
+    assert (result["options"]["H"], result["options"]["HV"]) == (1, 2)
+    assert result["failure"] is not None
+    assert (result["failure"]["case"]["H"], result["failure"]["case"]["HV"]) == (2, 4)
+
+
 def test_verify_prints_a_reproduction_when_the_implementation_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,8 +329,8 @@ def test_verify_prints_a_reproduction_when_the_implementation_is_wrong(
     assert failed["final_state"] > 0
     assert result["failure"]["case"]["seq_lens"] == [0]  # the state of an empty sequence
     assert result["failure"]["code"].strip() == _code(output).strip()
-    assert result["failure"]["fixture"] == "failures/gdn_seed_0.safetensors"
-    assert "ascend-twin replay failures/gdn_seed_0.safetensors" in output
+    assert result["failure"]["fixture"] == "failures/gdn_eager_cpu_float32_seed_0.safetensors"
+    assert "ascend-twin replay failures/gdn_eager_cpu_float32_seed_0.safetensors" in output
 
 
 def test_verify_saves_a_failing_batch_of_which_replay_says_what_is_wrong(
@@ -297,9 +339,29 @@ def test_verify_saves_a_failing_batch_of_which_replay_says_what_is_wrong(
     _install(monkeypatch, _forgets_the_state)
     assert _verify("--failures", str(tmp_path))[0] == 1
     monkeypatch.undo()
-    status, output = _run("replay", str(tmp_path / "gdn_seed_0.safetensors"))
+    (file,) = tmp_path.iterdir()
+    status, output = _run("replay", str(file))
     assert status == 1
     assert "final_state" in output
+
+
+def test_verify_saves_what_failed_elsewhere_in_a_file_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No name holds a colon, which some file systems and CI systems refuse."""
+    _install(monkeypatch, _forgets_the_state)
+    monkeypatch.setitem(IMPLEMENTATIONS, "other", IMPLEMENTATIONS["eager"])
+    monkeypatch.setattr("ascend_twin.cli.verify.open_device", lambda name: CpuDevice())
+    for argument in ("", "--dtype=bfloat16", "--device=cuda:1", "--implementation=other", "--seed=1"):
+        arguments = ("--failures", str(tmp_path), "--implementation=eager", *argument.split())
+        assert _verify(*arguments)[0] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gdn_eager_cpu_bfloat16_seed_0.safetensors",
+        "gdn_eager_cpu_float32_seed_0.safetensors",
+        "gdn_eager_cpu_float32_seed_1.safetensors",
+        "gdn_eager_cuda_1_float32_seed_0.safetensors",
+        "gdn_other_cpu_float32_seed_0.safetensors",
+    ]
 
 
 def test_verify_prints_a_failing_batch_that_cannot_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,6 +516,91 @@ def test_verify_says_so_when_a_batch_fails_only_after_others(monkeypatch: pytest
     assert status == 1
     assert "agrees when it is checked alone" in output
     assert "Run again with --seed 0" in output
+
+
+@pytest.mark.parametrize(
+    ("is_wrong", "remark"), [(False, "nothing was wrong so far"), (True, "5 of them differ")]
+)
+def test_an_interrupted_verify_says_how_far_it_came_and_whether_all_agreed(
+    is_wrong: bool, remark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+
+    def check(case: cases.PrefillCase, **options: Any) -> cases.Outcome:
+        if len(checked) == 6:
+            raise KeyboardInterrupt
+        checked.append(case)
+        return cases.check_prefill(case, **options)
+
+    if is_wrong:
+        _install(monkeypatch, _forgets_the_state)
+    monkeypatch.setattr("ascend_twin.cli.verify.check_prefill", check)
+    status, output = _verify()
+    assert status == 130
+    assert output.endswith(f"\ninterrupted after 6 of {3 + len(CORNERS)} batches; {remark}\n")
+
+
+def test_an_interrupted_bench_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def measured(contest: Contest, rounds: int, advance: Callable[[], None], *others: Any) -> bench.Result:
+        for _ in range(rounds):
+            advance()
+        monkeypatch.setattr(bench, "_measure", interrupted)
+        return bench.Result(contest.name)
+
+    contests = [Contest(name, lambda: pytest.fail("it ran")) for name in ("a", "b", "c")]
+    monkeypatch.setattr(bench, "contests_on", lambda device: contests)
+    monkeypatch.setattr(bench, "_measure", measured)
+    assert _run("bench", "--rounds=400") == (130, "interrupted after 400 of 1,200 rounds\n")
+
+
+def test_an_interrupted_compile_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [SimpleNamespace(variant=SimpleNamespace(key=i, name=f"kernel {i}")) for i in range(3)]
+
+    class Pool:
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def compile(self, variants: Iterable[Any], targets: Sequence[str]) -> Iterator[tuple[Any, list[Any]]]:
+            yield next(iter(variants)), []
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("ascend_twin.cli.compile.check_installed", lambda: None)
+    monkeypatch.setattr("ascend_twin.cli.compile.CompilerPool", Pool)
+    monkeypatch.setattr("ascend_twin.cli.compile.plan", lambda *_: jobs)
+    assert _run("compile") == (130, "interrupted after 1 of 3 variants\n")
+
+
+def test_an_interrupt_before_there_is_anything_to_count_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ascend_twin.cli.verify._prepare", interrupted)
+    assert _verify() == (130, "interrupted\n")
+
+
+def test_a_bar_says_what_is_under_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    with progress("rounds", 2) as advance:
+        advance(0, "metadata")
+        advance(1)
+    shown = capsys.readouterr().err
+    assert "metadata" in shown
+    assert " 50%" in shown
+
+
+def test_bench_refuses_more_threads_than_any_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "run_bench", lambda *_: pytest.fail("it ran"))
+    status, output = _run("bench", "--threads=1025")
+    assert status == 2
+    assert re.search("'--threads': .* 1024", output)
 
 
 def test_sample_steps_draws_half_from_steps_where_prompts_meet() -> None:

@@ -5,6 +5,7 @@ Skipped where the tools of the extra `linalg` are not installed (`tox run -e asc
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -119,9 +120,9 @@ def test_verify_on_linalg_prints_a_reproduction_of_what_the_compiler_made(
     subprocess.run([sys.executable, "-c", saved["code"]], env=environment, check=True)
 
 
-def _fixture() -> Path:
+def _fixture(dtype: str = "bfloat16") -> Path:
     """The call of a small case; nothing was seen of it."""
-    case = PrefillCase((3, 70), H=1, HV=2, K=16, V=16, dtype="bfloat16", use_qk_l2norm_in_kernel=True)
+    case = PrefillCase((3, 70), H=1, HV=2, K=16, V=16, dtype=dtype, use_qk_l2norm_in_kernel=True)
     return save_fixture("call", recorded_case(case, "fused"), Path("calls"))
 
 
@@ -167,6 +168,56 @@ def test_stray_access_is_a_difference_of_its_batch_that_replay_shows(monkeypatch
     assert "small.safetensors: " in result.stdout
 
 
+def _loads_k_without_a_mask(linalg: str) -> tuple[str, int]:
+    """Its first load of a chunk takes all 64 rows."""
+    view = r"(memref\.subview %reinterpret_cast\w*\[0, 0\]) \[%\w+, 16\]"
+    copy = r"(memref\.subview %alloc\w*\[0, 0\]) \[%\w+, 16\]"
+    return re.subn(rf"{view}(.*\n.*){copy}", r"\1 [%c64, 16]\2\3 [%c64, 16]", linalg, count=1)
+
+
+def _divides_zero_by_zero(linalg: str) -> tuple[str, int]:
+    """Instead of scaling o."""
+    product = r"(%\d+) = arith\.mulf (%\d+), %\w+ (:.*)\n(.*tensor\.extract_slice \1\[)"
+    zeros = r"%zero = arith.subf \2, \2 \3\n\1 = arith.divf %zero, %zero \3\n\4"
+    return re.subn(product, zeros, linalg)
+
+
+@pytest.mark.parametrize(
+    ("edit", "dtype", "blame"),
+    [
+        (_loads_k_without_a_mask, "bfloat16", "memory"),
+        (_loads_k_without_a_mask, "float32", "memory"),
+        (_divides_zero_by_zero, "float32", "arithmetic"),
+    ],
+)
+def test_replay_blames_memory_for_nan_that_no_arithmetic_made(
+    edit: Callable[[str], tuple[str, int]],
+    dtype: str,
+    blame: str,
+    compiler_with: Callable[[Edit], None],
+) -> None:
+    if blame == "arithmetic" and platform.machine() != "x86_64":
+        pytest.skip("NaN of this machine's arithmetic has no sign to know it by")
+
+    def wrong(name: str, linalg: str) -> str:
+        if name != "fused_inter_chunk_kernel":
+            return linalg
+        linalg, count = edit(linalg)
+        assert count == 1, "out of date: the kernel has no such place"
+        return linalg
+
+    compiler_with(wrong)
+    result = run("replay", _fixture(dtype), "--device=linalg", "--json=replay.json")
+    assert result.exit_code == 1
+    replay = json.loads(Path("replay.json").read_text())["files"][0]["replays"][-1]
+    assert replay["diagnosis"].startswith(
+        "fused_inter_chunk is the first that is wrong: fused_inter_chunk.o: "
+    )
+    assert ("read outside of a tensor" in replay["diagnosis"]) == (blame == "memory")
+    assert ("no known mistake gives this" in replay["diagnosis"]) == (blame != "memory")
+    assert replay["blame"] == blame
+
+
 def test_kernel_that_does_not_lower_is_an_error_and_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is it a broken file."""
 
@@ -196,8 +247,15 @@ def test_verify_on_linalg_says_that_its_native_code_cannot_be_kept(
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="the docs are in the repository alone")
-def test_code_of_the_page_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    pattern = r"```python\n(.*?)```\n\n```text\n(.*?)```"
-    ((code, said),) = re.findall(pattern, PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def test_code_of_the_page_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It shows a module of kernels, what launches one of them, and what that prints."""
+    blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "python", "text"]
+    kernels, code, said = (text for _, text in blocks)
+    (tmp_path / "my_kernels.py").write_text(kernels, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_kernels", raising=False)
     exec(compile(code, str(PAGE), "exec"), {"__name__": "a page"})
     assert capsys.readouterr().out == said

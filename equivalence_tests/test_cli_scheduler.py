@@ -185,7 +185,8 @@ def test_an_interrupt_while_a_failure_is_minimized_keeps_it(
     ("arguments", "message"),
     [
         (("--against", "sglang"), "--against is sglang; allowed: vllm"),
-        (("--dtype", "float32"), "--suite is scheduler; allowed: another one with --dtype"),
+        (("--dtype", "float32"), "--dtype is float32; allowed: not together with --suite scheduler"),
+        (("--device", "linalg"), "--device is linalg; allowed: not together with --suite scheduler"),
         (
             ("--scenario", "nowhere.json"),
             "--scenario is nowhere.json; allowed: a file that a failing run saved",
@@ -233,7 +234,7 @@ def test_a_broken_scenario_file_is_refused(tmp_path: Path) -> None:
 def test_options_of_the_scheduler_are_refused_for_gdn() -> None:
     result = CliRunner().invoke(app, ["verify", "--against", "vllm"])
     assert result.exit_code == 2
-    assert "--suite is gdn; allowed: another one with --against" in result.output
+    assert "--against is vllm; allowed: only together with --suite scheduler" in result.output
 
 
 def test_a_peer_that_is_not_installed_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

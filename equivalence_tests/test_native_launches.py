@@ -162,6 +162,19 @@ def test_access_of_memory_that_is_not_mapped_is_an_error_and_no_end(
         assert pick(launcher, [1, 2, 3]).tolist() == [1, 2, 3]
 
 
+def test_error_that_is_kept_keeps_no_addresses(launcher: NativeLauncher) -> None:
+    def reserved() -> int:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmSize:")[2].split()[0]) >> 20  # GiB
+
+    before, errors = reserved(), []
+    for _ in range(20):
+        with pytest.raises(StrayAccessError) as caught:
+            pick(launcher, [2**20])
+        errors.append(caught.value)
+    assert reserved() - before < 32  # a tensor has as many
+
+
 def test_no_index_of_32_bits_leads_to_memory_of_others(launcher: NativeLauncher) -> None:
     for power in range(15, 32):
         for index in (2**power, -(2**power)):

@@ -570,6 +570,29 @@ def test_replay_names_the_stage_that_was_wrong_first(watched: RecordedCall) -> N
         assert (first.place["sequence"], first.place.get("chunk"), first.place["head"]) == (*place, head)
 
 
+def test_replay_blames_memory_only_for_nan_of_finite_inputs_between_redzones(watched: RecordedCall) -> None:
+    nan, negative_nan = torch.tensor([0x7FC0, -0x40], dtype=torch.int16).view(torch.bfloat16)
+    endless = watched.inputs.g.clone()
+    endless[0, 0, 0] = -math.inf
+
+    name, first = next(iter(watched.stages.items()))
+
+    def blamed(*values: torch.Tensor | float, redzones: bool = True, g: torch.Tensor | None = None) -> str:
+        x = first.clone()
+        for column, value in enumerate(values):
+            x[65, 0, column] = value
+        inputs = watched.inputs if g is None else watched.inputs._replace(g=g)
+        call = dataclasses.replace(watched, inputs=inputs, stages={**watched.stages, name: x})
+        return judge(call, redzones=redzones).blame
+
+    assert blamed(nan) == "memory"
+    assert blamed(nan, redzones=False) == "arithmetic"
+    assert blamed(negative_nan) == "arithmetic"  # an x86-64 CPU computed it
+    assert blamed(nan, math.inf) == "arithmetic"
+    assert blamed(nan, g=endless) == "arithmetic"
+    assert blamed(1e3) == "arithmetic"
+
+
 def test_replay_refuses_a_stage_that_there_is_not(watched: RecordedCall) -> None:
     fixture = watched.to_fixture()
     for name, x, message in (

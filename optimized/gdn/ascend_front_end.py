@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from ...reference.errors import AscendTwinError, InvalidArgumentError, UnavailableError, invalid_argument
@@ -36,6 +37,8 @@ from .models import Shape
 
 MISSING = "install them in an environment of their own: pip install 'ascend-twin[ascend]'"
 REQUIRED = ("triton-ascend", "ascendnpu-ir", "pybind11")
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+"""Of this module, as it was imported."""
 
 # Sequences of the recorded steps. They differ in all that a launch may be specialised for: one sequence and
 # several, one token, numbers that 16 divides and numbers that it does not, an empty sequence.
@@ -137,7 +140,7 @@ def variant_of(launch: Any) -> Variant:
         if p.is_constexpr:
             constants.append((p.name, value))
             continue
-        signature.append((p.name, _type_of(value)))
+        signature.append((p.name, _type_of_parameter(p, value)))
         if value is None or (specialises and type(value) is int and value == 1):
             constants.append((p.name, value))
         elif specialises and not p.do_not_specialize_on_alignment and _divides_16(value):
@@ -182,15 +185,28 @@ def _compiled_twin(kernel: Any) -> Any:
     return jit_function(kernel.fn, **kernel.rewriter.kwargs)
 
 
+def _type_of_parameter(parameter: Any, value: Any) -> str:
+    """The type that a parameter is annotated with, where that is one of integers; else that of its value."""
+    kind = _type_of(value)
+    annotated = re.fullmatch(r"([iu])(\d+)", parameter.annotation_type)
+    if annotated is None or value is None or isinstance(value, torch.Tensor):
+        return kind
+    bits = int(annotated[2])
+    least, end = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if annotated[1] == "i" else (0, 2**bits)
+    if kind == "fp32" or not least <= value < end:
+        invalid_argument(parameter.name, value, f"{least} to {end - 1}: it is annotated as {annotated[0]}")
+    return annotated[0]
+
+
 def _type_of(value: Any) -> str:
-    """The type of a parameter, as Triton writes it in a signature."""
+    """The type of a value, as Triton writes it in a signature."""
     if isinstance(value, torch.Tensor):
         if value.dtype not in _TYPES:
             invalid_argument("dtype of a kernel's tensor", value.dtype, ", ".join(map(str, _TYPES)))
         return "*" + _TYPES[value.dtype]
     if value is None:
         return "*i8"
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):
         return "i1"
     if isinstance(value, numbers.Integral):
         whole = int(value)
@@ -292,12 +308,17 @@ def linalg_of(variant: Variant) -> tuple[str, str, str]:
     """Linalg IR of a variant for a 910B, with each operation's line in the kernel, and what was lowered.
 
     Returns:
-        The IR, or ""; why there is none, or ""; the `kernel_identity` of what has the variant's name here.
+        The IR, or ""; why there is none, or ""; the `identity_of` what has the variant's name here.
     """
-    identity = kernel_identity(_kernel_of(variant))
+    identity = identity_of(_kernel_of(variant))
     with mock.patch.dict(os.environ, {"TRITON_DISABLE_LINE_INFO": "0"}):
         linalg, _, said = lower(variant, TARGETS["910B1"])
     return linalg, "" if linalg else said, identity
+
+
+def identity_of(kernel: Any) -> str:
+    """What `linalg_of` makes its IR of: a kernel, and this module, each as it was imported."""
+    return kernel_identity(kernel) + SOURCE
 
 
 def _kernel_of(variant: Variant) -> Any:
@@ -382,12 +403,14 @@ class CompilerProcess:
         environment = {n: value for n, value in os.environ.items() if n != "TRITON_INTERPRET"}
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
         serve = f"from {__name__} import _serve"
+        flags = subprocess._args_from_interpreter_flags()  # pyright: ignore[reportAttributeAccessIssue]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {serve}; _serve()"],
+            [sys.executable, *flags, "-c", f"import sys; sys.path[:] = {sys.path!r}; {serve}; _serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env={"OMP_NUM_THREADS": "1", **environment},
+            start_new_session=True,  # Ctrl-C is for who calls, and may be handled there
         )
         return self
 
@@ -400,13 +423,18 @@ class CompilerProcess:
         """What `function(*args)` returns or raises over there.
 
         Raises:
+            InvalidArgumentError: where an argument cannot be sent.
             UnavailableError: where the process ends instead of answering.
         """
+        try:
+            question = pickle.dumps((function, args))
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise InvalidArgumentError(f"what is compiled cannot be sent to the compiler: {error}") from error
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             pickle.dump(sys.path, self._process.stdin)  # first: by it the function is found
-            pickle.dump((function, args), self._process.stdin)
+            self._process.stdin.write(question)
             self._process.stdin.flush()
             succeeded, answer = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError) as error:

@@ -24,8 +24,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,7 +33,14 @@ from typing import Any, NoReturn
 from ...reference.errors import AscendTwinError, UnavailableError
 from . import ascend_front_end
 from .address_sanitizer import loaded_sanitizer
-from .ascend_front_end import CompilerProcess, Variant, check_installed, compilers_folder, linalg_of
+from .ascend_front_end import (
+    CompilerProcess,
+    Variant,
+    check_installed,
+    compilers_folder,
+    identity_of,
+    linalg_of,
+)
 from .kernel_identity import kernel_identity
 
 MISSING = "install them in an environment of their own: pip install 'ascend-twin[linalg]'"
@@ -42,7 +49,9 @@ CACHE_VARIABLE = "ASCEND_TWIN_CACHE"
 
 _logger = logging.getLogger(__name__)
 
-_LAUNCHER = Path(__file__).with_name("native_launcher.c")
+# As they are when this is imported: what is made later is made by these, whatever becomes of the files.
+_SOURCE = Path(__file__).read_text(encoding="utf-8")
+_LAUNCHER = Path(__file__).with_name("native_launcher.c").read_text(encoding="utf-8")
 
 # Products go over the columns innermost: they are independent, so that vectors keep the order of each sum.
 _PRODUCTS = """
@@ -105,7 +114,7 @@ def _is_installed(name: str) -> bool:
 def default_cache() -> Path:
     """The folder of native code: $ASCEND_TWIN_CACHE, else ascend-twin in the user's folder of caches."""
     if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder)
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ascend-twin"
 
 
@@ -148,33 +157,41 @@ class NativeKernels:
             LoweringError: where it does not lower.
             UnavailableError: where the cache cannot be written.
         """
-        depends = (kernel_identity(kernel), variant.key, _recipe(), _tools(), self._sanitize)
+        linalg = self._edit(variant.name, _linalg(kernel, variant)) if self._edit else ""
+        depends = (kernel_identity(kernel), variant.key, linalg, _recipe(), _tools(), self._sanitize)
         name = f"{variant.name}-{hashlib.sha256(repr(depends).encode()).hexdigest()[:32]}.so"
         path = self.cache.absolute() / name
         if not _is_whole(path):
             _logger.info("compiling %s, kept in %s", variant.name, self.cache)
-            linalg = _linalg(kernel, variant)
-            if self._edit:
-                linalg = self._edit(variant.name, linalg)
-            try:
+            with self._errors_of_the_cache(variant):
                 self.cache.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(prefix=".compiling-", dir=self.cache) as folder:
-                    library = _build(Path(folder), variant, linalg, sanitize=self._sanitize)
-                    _seal(library, name)
-                    library.replace(path)
-            except OSError as error:
-                raise UnavailableError(
-                    f"{variant.name}: its native code cannot be kept in {self.cache}: {error}; "
-                    f"{CACHE_VARIABLE} names another folder"
-                ) from error
+            linalg = linalg or _linalg(kernel, variant)
+            with tempfile.TemporaryDirectory(prefix="ascend-twin-") as folder:
+                content = _build(Path(folder), variant, linalg, sanitize=self._sanitize).read_bytes()
+            with (
+                self._errors_of_the_cache(variant),
+                tempfile.TemporaryDirectory(prefix=".keeping-", dir=self.cache) as folder,
+            ):
+                library = Path(folder) / name
+                library.write_bytes(_sealed(content, name))
+                library.replace(path)
             self.num_compiled += 1
         return path
 
+    @contextmanager
+    def _errors_of_the_cache(self, variant: Variant) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UnavailableError(
+                f"{variant.name}: its native code cannot be kept in {self.cache}: {error}; "
+                f"{CACHE_VARIABLE} names another folder"
+            ) from error
 
-def _seal(library: Path, name: str) -> None:
-    """Put a digest of a library and its name to be behind its end, where nothing that loads it looks."""
-    content = library.read_bytes()
-    library.write_bytes(content + hashlib.sha256(name.encode() + content).digest())
+
+def _sealed(content: bytes, name: str) -> bytes:
+    """A library with a digest of it and its name behind its end, where nothing that loads it looks."""
+    return content + hashlib.sha256(name.encode() + content).digest()
 
 
 def _is_whole(library: Path) -> bool:
@@ -183,7 +200,7 @@ def _is_whole(library: Path) -> bool:
         content = library.read_bytes()
     except OSError:
         return False
-    return hashlib.sha256(library.name.encode() + content[:-32]).digest() == content[-32:]
+    return _sealed(content[:-32], library.name) == content
 
 
 # From a kernel to linalg IR
@@ -198,7 +215,7 @@ os.register_at_fork(
 
 
 def _linalg(kernel: Any, variant: Variant) -> str:
-    wanted = kernel_identity(kernel)
+    wanted = identity_of(kernel)
     linalg = said = found = ""
     with one_at_a_time:
         for _ in range(2):  # a process that imported the kernel before it was changed gives way to a new one
@@ -237,11 +254,9 @@ def _front_end(pid: int) -> CompilerProcess:
 # What native code depends on
 
 
-@functools.cache
 def _recipe() -> str:
     """How code is made here."""
-    files = (Path(__file__), Path(ascend_front_end.__file__), _LAUNCHER)
-    return "".join(file.read_text(encoding="utf-8") for file in files)
+    return _SOURCE + ascend_front_end.SOURCE + _LAUNCHER
 
 
 @functools.cache
@@ -261,6 +276,7 @@ def _build(folder: Path, variant: Variant, linalg: str, *, sanitize: bool) -> Pa
     """Compile linalg IR in `folder`; returns the library."""
     parameters = _parameters(variant, linalg)
     (folder / "products.mlir").write_text(_PRODUCTS, encoding="utf-8")
+    (folder / "launcher.c").write_text(_LAUNCHER, encoding="utf-8")
     (folder / "linalg.mlir").write_text(_upstream(variant, linalg), encoding="utf-8")
     llvm, mlir = (_folder_of(n) / "bin" for n in ("llvm", "mlir"))
     run = functools.partial(_run, variant, folder)
@@ -298,7 +314,7 @@ def _build(folder: Path, variant: Variant, linalg: str, *, sanitize: bool) -> Pa
         f"-DKERNEL=_mlir_ciface_{variant.name}",
         f"-DPARAMETERS={', '.join(parameters)}",
         f"-DARGUMENTS={', '.join(_arguments(parameters))}",
-        "-o", "kernel.so", str(_LAUNCHER), "kernel.o", "-lm", *(() if sanitize else ("-Wl,-z,defs",)),
+        "-o", "kernel.so", "launcher.c", "kernel.o", "-lm", *(() if sanitize else ("-Wl,-z,defs",)),
     )  # fmt: skip
     return folder / "kernel.so"
 

@@ -34,7 +34,7 @@ _NANS = {2: 0x7F81, 4: 0x7FA5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
 _NO_INDICES = {1: -0x5B, 2: -0x5A5B, 4: -0x7F5A5A5B, 8: -0x7F5A5A5A5A5A5A5B}
 _libc = ctypes.CDLL(None, use_errno=True)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SMALLEST_ZONE, _LARGEST_ZONE = 2**12, 2**14  # elements; a row, where that is more
+_SMALLEST_ZONE, _LARGEST_ZONE = 2**12, 2**14  # elements
 _ROWS_IN_ZONE = 80  # a chunk, and more
 _NOWHERE = 2**34  # bytes of addresses on either side that lead nowhere: what 32 bits can count of 4 bytes
 
@@ -64,7 +64,7 @@ class _Guarded:
         self._bits = bits = _as_integers(tensor)
         self._pattern = (_NANS if tensor.is_floating_point() else _NO_INDICES)[tensor.itemsize] + number
         row = -(-max(bits.stride(), default=1) // 16) * 16  # what 16 divided as an address it still does
-        self._zone = min(max(_SMALLEST_ZONE, _ROWS_IN_ZONE * row), max(row, _LARGEST_ZONE))
+        self._zone = min(max(_SMALLEST_ZONE, _ROWS_IN_ZONE * row), _LARGEST_ZONE)
         last = sum((n - 1) * stride for n, stride in zip(bits.shape, bits.stride(), strict=True))
         self.size = last + 1 if bits.numel() else 0
         self._area, self._memory = _reserved(self.size + 2 * self._zone, bits.dtype)
@@ -139,6 +139,11 @@ class _Guarded:
         stretches = zip([0, *edges[1::2]], [*edges[::2], len(inside)], strict=True)
         return [(self._address(first), (end - first) * self.itemsize) for first, end in stretches]
 
+    def release(self) -> None:
+        """Give memory and addresses back, which an error that is kept would keep, too."""
+        del self._memory, self._inside, self._outside
+        self._area.close()
+
     def _address(self, element: int) -> int:
         return self._memory.data_ptr() + element * self.itemsize
 
@@ -209,11 +214,13 @@ class NativeLauncher:
 
 def _check(launch: Launch) -> None:
     num_programs = launch.num_programs
-    if not isinstance(num_programs, int) or not 0 <= num_programs <= 2**30:
+    if not isinstance(num_programs, numbers.Integral) or not 0 <= num_programs <= 2**30:
         invalid_argument("num_programs", num_programs, "0 to 2**30")
     for name, value in launch.arguments.items():
         if isinstance(value, torch.Tensor) and (value.device.type, value.layout) != ("cpu", torch.strided):
             invalid_argument(name, f"a tensor on {value.device}, {value.layout}", "on the CPU, torch.strided")
+        if isinstance(value, torch.Tensor) and value.is_neg():
+            invalid_argument(name, "a tensor whose negation is pending", "tensor.resolve_neg()")
 
 
 def _load(library: Path) -> Any:
@@ -225,34 +232,41 @@ def _load(library: Path) -> Any:
 def _run(launch: Launch, run: Any, values: dict[str, Any]) -> None:
     copies: dict[Any, _Guarded] = {}
     of_parameter: dict[str, _Guarded] = {}
-    scalars: list[int] = []
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            place = (value.data_ptr(), value.dtype, value.shape, value.stride())
-            copies[place] = of_parameter[name] = copies.get(place) or _Guarded(value, len(copies))
-        else:
-            scalars.append(_bits_of(value))
-    buffers = [_Buffer(g.start, g.start, 0, g.size, 1) for g in of_parameter.values()]
+    try:
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+                copies[place] = of_parameter[name] = copies.get(place) or _Guarded(value, len(copies))
+        scalars = [_bits_of(v) for v in values.values() if not isinstance(v, torch.Tensor)]
+        _run_on(of_parameter, scalars, launch, run)
+    finally:
+        for copy in copies.values():
+            copy.release()
+
+
+def _run_on(copies: dict[str, _Guarded], scalars: Sequence[int], launch: Launch, run: Any) -> None:
+    """Run a launch on copies of its tensors, by parameter, and copy back what it wrote."""
+    buffers = [_Buffer(g.start, g.start, 0, g.size, 1) for g in copies.values()]
     fault = _Fault()
-    with _watched(copies.values()) as reports:
+    with _watched(dict.fromkeys(copies.values())) as reports:
         run(
             (_Buffer * len(buffers))(*buffers),
             (ctypes.c_int64 * len(scalars))(*scalars),
-            launch.num_programs,
+            int(launch.num_programs),
             torch.get_num_threads(),
             ctypes.byref(fault),
         )
-    _keep(launch, of_parameter)
+    _keep(launch, copies)
     if reports:
-        place, what = _line(reports[0], launch.name), _found(reports[0], of_parameter)
+        place, what = _line(reports[0], launch.name), _found(reports[0], copies)
         raise StrayAccessError(f"{launch.name}{place}: {what}")
     if fault.signal:
         who = f"{launch.name}, program {fault.program}"
         if fault.signal == signal.SIGFPE:
             raise AscendTwinError(f"{who}: divides an integer by zero")
-        place = _nearest(fault.address, of_parameter) if fault.address else "where none can be"
+        place = _nearest(fault.address, copies) if fault.address else "where none can be"
         raise StrayAccessError(f"{who}: touches memory that is not mapped, {place}")
-    for name, copy in of_parameter.items():
+    for name, copy in copies.items():
         if (element := copy.written_outside()) is not None:
             raise StrayAccessError(
                 f"{launch.name}: writes element {element} of {name}, {copy.extent(element)}"
