@@ -195,8 +195,11 @@ def test_an_unforeseen_failure_shows_the_last_lines() -> None:
 
 
 def parameter(num: int, name: str, **attributes: Any) -> SimpleNamespace:
-    defaults = {"is_constexpr": False, "do_not_specialize": False, "do_not_specialize_on_alignment": False}
-    return SimpleNamespace(num=num, name=name, **{"annotation_type": "", **defaults, **attributes})
+    defaults = {
+        "is_constexpr": False, "do_not_specialize": False, "do_not_specialize_on_alignment": False,
+        "annotation_type": "",
+    }  # fmt: skip
+    return SimpleNamespace(num=num, name=name, **{**defaults, **attributes})
 
 
 def launch(arguments: dict[str, Any], constants: dict[str, Any], **attributes: Any) -> SimpleNamespace:

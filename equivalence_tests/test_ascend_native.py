@@ -216,6 +216,25 @@ def test_library_is_called_by_what_each_name_of_a_kernel_means(
     assert name_of(NAMES) != name_of(NAMES.replace(old, new))
 
 
+@pytest.mark.parametrize("as_package", [False, True])
+def test_library_is_called_by_a_kernel_in_a_module_named_as_one_of_python(
+    as_package: bool, tmp_path: Path, name_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is no module of Python then: `this.py`, or `this/kernels.py`."""
+    folder, module = (tmp_path / "this", "this.kernels") if as_package else (tmp_path, "this")
+    folder.mkdir(exist_ok=True)
+    (folder / "__init__.py").touch()
+    names = set()
+    for factor in (2, 3):
+        text = SOURCE.replace("x * FACTOR", f"x * {factor}")
+        (folder / f"{module.rpartition('.')[2]}.py").write_text(text)
+        for name in ("this", "this.kernels"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        names.add(name_of(f"from {module} import kernel\n"))
+    assert len(names) == 2
+
+
 FACTORY = """
 import triton
 import triton.language as tl

@@ -8,12 +8,14 @@ import enum
 import functools
 import hashlib
 import inspect
+import os
 import re
 import sys
 import types
 from typing import Any
 
-_KNOWN_BY_NAME = {"triton", "torch", "numpy", *sys.stdlib_module_names}
+_KNOWN_BY_NAME = ("triton", "torch", "numpy")
+_LIBRARY = os.path.dirname(os.__file__)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 
 
@@ -112,7 +114,13 @@ class _Walk:
 
 
 def _is_known(module: str | None) -> bool:
-    return (module or "builtins").partition(".")[0] in _KNOWN_BY_NAME
+    """Whether a module is of Triton, PyTorch, NumPy or Python; a user's may be called as one of Python's."""
+    package = (module or "builtins").partition(".")[0]
+    if package in _KNOWN_BY_NAME or package not in sys.stdlib_module_names:
+        return package in _KNOWN_BY_NAME
+    origin = getattr(getattr(sys.modules.get(package), "__spec__", None), "origin", None) or ""
+    is_installed = "site-packages" in origin or "dist-packages" in origin
+    return origin in ("built-in", "frozen") or (origin.startswith(_LIBRARY) and not is_installed)
 
 
 def _name_of(value: Any) -> str:

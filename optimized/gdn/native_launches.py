@@ -3,8 +3,8 @@
 Native code gets real pointers. Each tensor of a launch is copied between redzones, which together with the
 gaps of a strided tensor are filled with a pattern: a NaN, or an integer that indexes nothing. What is read
 there spoils the result, what is written there is found. Behind them no memory is mapped, for as far as an
-index of 32 bits leads: to touch that is caught. In a
-process that was started with the address sanitizer what is read there is found, too, whatever becomes of it.
+index of 32 bits leads: to touch that is caught. In a process that was started with the address sanitizer
+what is read in redzones and gaps is found, too, whatever becomes of it.
 """
 
 import ctypes
@@ -32,10 +32,10 @@ from .kernels.launch import Launch
 # far off that as an index they lead to no memory.
 _NANS = {2: 0x7F81, 4: 0x7FA5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
 _NO_INDICES = {1: -0x5B, 2: -0x5A5B, 4: -0x7F5A5A5B, 8: -0x7F5A5A5A5A5A5A5B}
-_libc = ctypes.CDLL(None, use_errno=True)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALLEST_ZONE, _LARGEST_ZONE = 2**12, 2**14  # elements
 _ROWS_IN_ZONE = 80  # a chunk, and more
+_libc = ctypes.CDLL(None, use_errno=True)
 _NOWHERE = 2**34  # bytes of addresses on either side that lead nowhere: what 32 bits can count of 4 bytes
 
 
@@ -217,9 +217,11 @@ def _check(launch: Launch) -> None:
     if not isinstance(num_programs, numbers.Integral) or not 0 <= num_programs <= 2**30:
         invalid_argument("num_programs", num_programs, "0 to 2**30")
     for name, value in launch.arguments.items():
-        if isinstance(value, torch.Tensor) and (value.device.type, value.layout) != ("cpu", torch.strided):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if (value.device.type, value.layout) != ("cpu", torch.strided):
             invalid_argument(name, f"a tensor on {value.device}, {value.layout}", "on the CPU, torch.strided")
-        if isinstance(value, torch.Tensor) and value.is_neg():
+        if value.is_neg():
             invalid_argument(name, "a tensor whose negation is pending", "tensor.resolve_neg()")
 
 
@@ -248,7 +250,7 @@ def _run_on(copies: dict[str, _Guarded], scalars: Sequence[int], launch: Launch,
     """Run a launch on copies of its tensors, by parameter, and copy back what it wrote."""
     buffers = [_Buffer(g.start, g.start, 0, g.size, 1) for g in copies.values()]
     fault = _Fault()
-    with _watched(dict.fromkeys(copies.values())) as reports:
+    with _watched(dict.fromkeys(copies.values())) as reports:  # each once, whatever arguments it is
         run(
             (_Buffer * len(buffers))(*buffers),
             (ctypes.c_int64 * len(scalars))(*scalars),
